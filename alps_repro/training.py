@@ -1,0 +1,288 @@
+"""Fine-tuning a method's heads with `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alps_repro.checkpoints import load_model, resolve
+from alps_repro.data import PROMPT, data_hash, training_examples
+from alps_repro.errors import UserError, one_of
+from alps_repro.heads import HeadLayout, HeadSelection
+from alps_repro.methods import METHODS, SCOPES
+from alps_repro.recipe import Recipe, check_scope
+from alps_repro.scores import HeadScores
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What `finetune` made.
+
+    path: the folder with the tuned model, a whole checkpoint (scope `all`) or an adapter (scope `heads`); the base's
+        own folder where there was nothing to train. losses: mean loss in nats per counted token, one per optimizer
+        step. heads: what was trained of attention. tokens: seen in training, padding left out.
+    """
+
+    path: Path
+    losses: tuple[float, ...]
+    heads: tuple[tuple[int, int], ...]
+    trained_parameters: int
+    total_parameters: int
+    tokens: int
+    data_sha256: str
+
+
+def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
+    """Columns `input_ids` and `prompt_length`: the Alpaca prompt, the response, the end token, cut at `max_length`.
+
+    Prompt and response are tokenized apart, as they are when the model answers. Examples whose prompt leaves no room
+    for an answer are left out.
+    """
+
+    def encode(row: dict[str, str]) -> dict[str, Any]:
+        prompt = tokenizer(PROMPT.format(instruction=row["instruction"])).input_ids
+        answer = tokenizer(row["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        return {"input_ids": (prompt + answer)[:max_length], "prompt_length": len(prompt)}
+
+    encoded = examples.map(encode, remove_columns=examples.column_names, desc="tokenizing")
+    kept = encoded.filter(lambda row: row["prompt_length"] < len(row["input_ids"]), desc="dropping overlong prompts")
+    if not len(kept):
+        raise UserError(f"No example's prompt fits into max_length {max_length}: raise it.")
+    return kept
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Makes a batch, padded on the left, that asks the model for the logits it needs only.
+
+    The output layer costs about a quarter of a small model's step; with the answers at the right edge, only the last
+    `logits_to_keep` positions have to pass through it. Labels are cut alike, so that the model's own loss applies.
+    """
+
+    pad_token_id: int
+    loss_on: str
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORED)
+        keep = 1
+        for i, row in enumerate(rows):
+            tokens = torch.tensor(row["input_ids"])
+            start = width - len(tokens)
+            ids[i, start:], mask[i, start:] = tokens, 1
+            first = row["prompt_length"] if self.loss_on == "response" else 1
+            labels[i, start + first :] = tokens[first:]
+            keep = max(keep, len(tokens) - first + 1)
+        # One logit before the first answer token predicts it. Positions count from the first real token.
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+            "labels": labels[:, -keep:],
+            "logits_to_keep": keep,
+        }
+
+
+def trainable(model: torch.nn.Module, heads: HeadSelection | None, scope: str) -> torch.nn.Module:
+    """Prepare a model so that exactly what a scope and a selection say is trained.
+
+    Returns:
+        scope `heads`: a `peft.PeftModel`. Scope `all`: the model, or, where only some heads are trained, an
+        `AlpsModel` around it; the model within it has trainable rows in its projections, so that its own state holds
+        everything that trains.
+    """
+    layout = HeadLayout.of(model)
+    if scope == "heads":
+        from peft import get_peft_model
+
+        from alps_repro.tuner import AlpsConfig
+
+        return get_peft_model(model, AlpsConfig(heads=heads, task_type="CAUSAL_LM"))
+    if heads is not None and len(heads) == layout.total:
+        return model.requires_grad_(True)
+    prefix = layout.prefix(name for name, _ in model.named_modules())
+    attention = [model.get_submodule(prefix + m) for layer in range(layout.layers) for m in layout.modules(layer)]
+    frozen = {id(p) for module in attention for p in module.parameters()}
+    tuned = model
+    if heads is not None:
+        from alps_repro.tuner import AlpsConfig, AlpsModel
+
+        tuned = AlpsModel(model, AlpsConfig(heads=heads), "default")
+    for parameter in tuned.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    return tuned
+
+
+def _precision(recipe: Recipe, gpu: bool) -> str:
+    if recipe.precision != "auto":
+        if recipe.precision == "float16" and not gpu:
+            raise UserError("Training in float16 needs a GPU: use precision 'float32' or 'bfloat16' on a CPU.")
+        return recipe.precision
+    return "float16" if gpu else "float32"
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    # Trainer writes trainer_state.json last: a checkpoint without it was cut off.
+    done = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(done, key=lambda p: int(p.name.split("-")[1]))) if done else None
+
+
+def finetune(
+    base: str | Path,
+    dataset: str | Dataset,
+    output: str | Path,
+    *,
+    method: str = "alps",
+    ratio: float = 0.1,
+    scope: str = "all",
+    scores: HeadScores | str | Path | None = None,
+    heads: HeadSelection | None = None,
+    quantization: str = "none",
+    seed: int = 0,
+    choice_seed: int = 0,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+) -> Finetuned:
+    """Fine-tune a model by a method and save it.
+
+    base: the embedded model's name, a checkpoint folder or a hub id. dataset: a name of `data.DATASETS`, or rows of
+        `instruction` and `response`.
+    output: folder of the tuned model; must not exist. While training, checkpoints lie in `OUTPUT.checkpoints`; a run
+        that was stopped resumes from the last of them.
+    method: one of `METHODS`, at `ratio`; `scores` (or a file of them) for those that use a localization. `heads`
+        takes a selection of your own in place of the method's.
+    scope: `all` trains everything outside q/k/v too, as the paper does, and saves a checkpoint; `heads` trains
+        nothing else and saves an adapter. `full` in scope `heads` means all heads; `no_attn` in scope `heads` is the
+        base itself, and nothing is trained.
+    quantization: `none`, `8bit` or `4bit`; with the last two only scope `heads`.
+    seed: order of the examples and which of them are drawn; choice_seed: which heads the random methods draw.
+    recipe: the paper's by default.
+
+    Raises:
+        UserError: something asked for is unknown or impossible, or `output` exists.
+    """
+    recipe = recipe or Recipe()
+    output = Path(output)
+    one_of("method", method, METHODS)
+    one_of("scope", scope, SCOPES)
+    check_scope(scope, quantization)
+    if output.exists():
+        raise UserError(f"'{output}' exists already: remove it or choose another folder for the tuned model.")
+
+    import torch
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    gpu = torch.cuda.is_available()
+    precision = _precision(recipe, gpu)
+    set_seed(seed)
+    # Weights that are trained themselves are kept in float32; frozen ones may stay as they are stored.
+    dtype = torch.float32 if scope == "all" or not gpu else None
+    model, tokenizer = load_model(base, quantization, dtype=dtype)
+    layout = HeadLayout.of(model)
+    if heads is None:
+        stored = HeadScores.load(scores) if isinstance(scores, (str, Path)) else scores
+        heads = METHODS[method].select(layout, ratio, stored, choice_seed)
+    total = sum(p.numel() for p in model.parameters()) if quantization == "none" else model.num_parameters()
+    if heads is None and scope == "heads":
+        return Finetuned(resolve(base), (), (), 0, total, 0, "")
+
+    if isinstance(dataset, str):
+        size = recipe.examples or (recipe.max_steps and recipe.max_steps * recipe.batch_size)
+        dataset = training_examples(dataset, size=size, seed=seed)
+    train_set = tokenize(dataset, tokenizer, recipe.max_length)
+    model.config.use_cache = False
+    tuned = trainable(model, heads, scope)
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+
+    checkpoints = output.with_name(output.name + ".checkpoints")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = min(recipe.micro_batch_size, recipe.batch_size)
+    if recipe.batch_size % (micro * processes):
+        raise UserError(
+            f"The batch_size {recipe.batch_size} is not a multiple of micro_batch_size {micro} times {processes} "
+            "processes: change one of them."
+        )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=recipe.batch_size // (micro * processes),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch_fused",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr_ratio},
+        warmup_steps=recipe.warmup_ratio,
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=not progress,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+    )
+    trainer = Trainer(
+        model=tuned if scope == "heads" else model,
+        args=arguments,
+        train_dataset=train_set,
+        data_collator=Collate(tokenizer.pad_token_id, recipe.loss_on),
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    if trainer.is_world_process_zero():
+        model.config.use_cache = True
+        _save(tuned, tokenizer, output, str(base))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    chosen = heads.heads if heads is not None else ()
+    tokens = int(result.metrics.get("train_num_tokens", 0)) or _tokens(train_set, trainer.state.epoch)
+    return Finetuned(output, losses, chosen, trained, total, tokens, data_hash(dataset))
+
+
+def _tokens(train_set: Dataset, epochs: float | None) -> int:
+    return round(sum(len(ids) for ids in train_set["input_ids"]) * (epochs or 0))
+
+
+def _save(tuned: torch.nn.Module, tokenizer: Any, output: Path, base: str) -> None:
+    """Save a checkpoint or an adapter beside its place, then rename it there."""
+    from peft import PeftModel
+
+    from alps_repro.tuner import AlpsModel
+
+    beside = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    if isinstance(tuned, PeftModel):
+        tuned.peft_config["default"].base_model_name_or_path = base
+        tuned.save_pretrained(beside, save_embedding_layers=False)
+        (beside / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    else:
+        model = tuned.merge_and_unload() if isinstance(tuned, AlpsModel) else tuned
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+    beside.rename(output)
