@@ -73,7 +73,7 @@ class OfflineDataset:
 
 
 OFFLINE: dict[str, OfflineDataset] = {
-    "family_relationships": OfflineDataset("family_relationships"),
+    "family_relationships": OfflineDataset("family_relationships", {"max_family_size": 6}),
     "chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}),
     "spell_backward": OfflineDataset("spell_backward", {"max_word_len": 5}),
 }
@@ -127,7 +127,9 @@ def offline_splits(name: str, *, train_size: int = 0, seed: int = 0) -> dict[str
     return splits
 
 
-def training_examples(name: str, *, size: int | None = None, seed: int = 0, source: str | Path | None = None) -> Dataset:
+def training_examples(
+    name: str, *, size: int | None = None, seed: int = 0, source: str | Path | None = None
+) -> Dataset:
     """The training examples of a data set, as columns `instruction` and `response`.
 
     size: how many; by default all of a hub data set, or 10,000 of an offline one.

@@ -40,7 +40,8 @@ METHODS: dict[str, Method] = {
     "full": Method("all heads", lambda layout, ratio, scores, seed: HeadSelection.all(layout), uses_ratio=False),
     "no_attn": Method("no head (the paper's w/o attn)", lambda layout, ratio, scores, seed: None, uses_ratio=False),
     "random": Method(
-        "heads drawn from the whole model", lambda layout, ratio, scores, seed: HeadSelection.random(layout, ratio, seed)
+        "heads drawn from the whole model",
+        lambda layout, ratio, scores, seed: HeadSelection.random(layout, ratio, seed),
     ),
     "layer_consistent": Method(
         "the same number of drawn heads in every layer",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -233,6 +233,13 @@ class Profile(Settings):
         one_of("data set", profile.dataset, DATASETS)
         return profile
 
+    def for_method(self, method: str, *, scope: str | None = None, **recipe: Any) -> Profile:
+        """This profile with another scope or recipe for one method; what is None stays as it is."""
+        one_of("method", method, METHODS)
+        own = {**self.recipes.get(method, {}), **{k: v for k, v in recipe.items() if v is not None}}
+        scopes = {**self.scopes, **({} if scope is None else {method: scope})}
+        return Profile.check(**{**self.model_dump(), "recipes": {**self.recipes, method: own}, "scopes": scopes})
+
     def finetuning(self, method: str) -> FinetuneConfig:
         """The fine-tuning run of a method, its localization included."""
         one_of("method", method, METHODS)
@@ -277,19 +284,17 @@ class Profile(Settings):
         )
 
 
-def check_parameters(namespace: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> None:
     """Refuse a notebook's parameters where one is not known.
 
-    namespace: the notebook's `globals()` right after its parameters; known: the names its parameters cell explains.
-        Papermill puts a mistyped parameter there as one more variable and merely warns.
+    namespace: the notebook's `globals()`; known: the names its parameters cell explains. Papermill puts a mistyped
+        parameter there as one more variable and merely warns. Only plain values can be parameters, so other objects
+        that a notebook has made by the time a cell is run again are passed over.
 
     Raises:
         UserError: names the nearest right one.
     """
-    jupyter = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+    plain = (str, int, float, bool, list, tuple, dict, type(None))
     for name, value in namespace.items():
-        if name.startswith("_") or name in known or name in jupyter:
-            continue
-        if callable(value) or type(value).__name__ == "module":
-            continue
-        raise UserError(f"There is no parameter '{name}': {nearest(name, known)}")
+        if type(value) in plain and not name.startswith("_") and name not in (*known, "In", "Out"):
+            raise UserError(f"There is no parameter '{name}': {nearest(name, known)}")

@@ -111,7 +111,8 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f"'{path}' cannot be written ({error.strerror}): make room or choose another folder.") from error
+        why = error.strerror
+        raise UserError(f"'{path}' cannot be written ({why}): make room or choose another folder.") from error
 
 
 def load_record(path: Path) -> Record:

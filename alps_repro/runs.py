@@ -1,13 +1,12 @@
 """Runs that are done once: each makes its predecessors if they are missing, and leaves a record.
 
-A results folder holds `records/` (JSON, and the scores of localizations), `samples/` (what models answered, question
+A results folder holds `records/` (JSON), `scores/` (of localizations), `samples/` (what models answered, question
 by question), `models/` (weights), and what is made from the records: `tables/`, `figures/`, `notebooks/`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
 from alps_repro.records import Record, load_record, record_path, recorded, write_whole
 from alps_repro.scores import HeadScores, localize
 from alps_repro.training import finetune
-
-Progress = Callable[[int, int], None]
 
 
 def _done(folder: Path, kind: str, config: LocalizeConfig | FinetuneConfig | EvaluateConfig) -> Record | None:
@@ -41,7 +38,7 @@ def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool 
         return record, model
     scores = None
     if config.localization is not None:
-        scores = localize_run(config.localization, results, progress=None)[0]
+        scores = localize_run(config.localization, results, progress=progress)[0]
     _prepare(results / "models")
     with recorded(results / "records", config) as outcome:
         outcome.model_sha256["base"] = model_hash(resolve(config.base))
@@ -69,19 +66,17 @@ def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool 
     return outcome.record, model
 
 
-def localize_run(
-    config: LocalizeConfig, results: str | Path, *, progress: Progress | None = None
-) -> tuple[HeadScores, Record]:
+def localize_run(config: LocalizeConfig, results: str | Path, *, progress: bool = True) -> tuple[HeadScores, Record]:
     """Localize as `config` says, unless that has been done; the task model's run is made first where it is missing."""
     results = Path(results)
-    path = results / "records" / f"scores-{config.name}.json"
+    path = results / "scores" / f"{config.name}.json"
     record = _done(results / "records", "localize", config)
     if record is not None and path.exists():
         return HeadScores.load(path), record
     task: str | Path = config.task_model if isinstance(config.task_model, str) else ""
     if isinstance(config.task_model, FinetuneConfig):
-        task = finetune_run(config.task_model, results)[1]
-    _prepare(results / "records")
+        task = finetune_run(config.task_model, results, progress=progress)[1]
+    _prepare(path.parent)
     with recorded(results / "records", config) as outcome:
         scores = localize(
             config.base,
@@ -107,7 +102,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
     model: str | Path = config.model if isinstance(config.model, str) else ""
     tuning: Record | None = None
     if isinstance(config.model, FinetuneConfig):
-        tuning, model = finetune_run(config.model, results)
+        tuning, model = finetune_run(config.model, results, progress=progress)
     _prepare(results / "samples")
     with recorded(results / "records", config) as outcome:
         found = evaluate(

@@ -262,7 +262,7 @@ def localize(
     head_matrix: str = "product",
     tau: float = 1.0,
     ground: str = "position",
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool = False,
 ) -> HeadScores:
     """Score every query head by how far it moved from `base` to `task`.
 
@@ -272,12 +272,13 @@ def localize(
     metric: one of `METRICS`. head_matrix: `product` (Eq. 5), `concat`, `released`. tau: softmax temperature (Eq. 6).
     ground: for `pad`, where the probabilities lie: at the `position` of their entry (as in the released code), or
         at their own `value`.
-    progress: called with (layers done, layers) after each layer.
+    progress: show a bar, one step a layer.
 
     Raises:
         UserError: a name leads nowhere, the two models do not match, or weights are NaN, missing or unreadable.
     """
     import torch
+    from tqdm.auto import tqdm
 
     distance = _check(metric, head_matrix, tau, ground)
     # One thread a head, each computing alone: a head is too small to be worth splitting, and heads are many.
@@ -292,9 +293,7 @@ def localize(
                 matrices = (_head_matrix(rows, head, layout, head_matrix) for rows in (rows_b, rows_t))
                 return distance(*matrices, tau)
 
-        for layer in range(layout.layers):
+        for layer in tqdm(range(layout.layers), desc="scoring layers", disable=not progress):
             rows_b, rows_t = b.layer(layer), t.layer(layer)
             values[layer] = list(pool.map(score, range(layout.heads)))
-            if progress is not None:
-                progress(layer + 1, layout.layers)
         return HeadScores(values, layout, b.source, t.source, metric, head_matrix, float(tau), ground)

@@ -51,7 +51,7 @@ def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
 
     def encode(row: dict[str, str]) -> dict[str, Any]:
         prompt = tokenizer(PROMPT.format(instruction=row["instruction"])).input_ids
-        answer = tokenizer(row["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        answer = [*tokenizer(row["response"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         return {"input_ids": (prompt + answer)[:max_length], "prompt_length": len(prompt)}
 
     encoded = examples.map(encode, remove_columns=examples.column_names, desc="tokenizing")

@@ -27,14 +27,14 @@ class _ReplacedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, index, rows, row_bias):  # noqa: ANN001, ANN205
+    def forward(ctx, x, weight, bias, index, rows, row_bias):
         ctx.save_for_backward(x, weight, index, rows)
         if row_bias is not None:
             bias = bias.index_copy(0, index, row_bias.to(bias.dtype))
         return F.linear(x, weight.index_copy(0, index, rows.to(weight.dtype)), bias)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         x, weight, index, rows = ctx.saved_tensors
         grad_x = grad_rows = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -96,7 +96,7 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
         """Row numbers, rows and biases of these adapters taken together."""
         if len(adapters) == 1:
             name = adapters[0]
-            return self.row_index[name], self.alps_rows[name], self.alps_bias[name] if name in self.alps_bias else None
+            return self.row_index[name], self.alps_rows[name], self.alps_bias.get(name)
         joined = [torch.cat([d[name] for name in adapters]) for d in (self.row_index, self.alps_rows)]
         bias = torch.cat([self.alps_bias[name] for name in adapters]) if len(self.alps_bias) else None
         return joined[0], joined[1], bias
@@ -149,7 +149,7 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
                 "Rows cannot be merged into a quantized projection in place: use merge_and_unload(), which gives a "
                 "plain float model."
             )
-        index, rows, _ = self._replacement(self._own(self.merged_adapters + adapters))
+        _, rows, _ = self._replacement(self._own(self.merged_adapters + adapters))
         if safe_merge and not torch.isfinite(rows).all():
             raise UserError(f"The adapter {adapters[0]} holds NaN or infinite weights and was not merged.")
         if not self.merged_adapters:

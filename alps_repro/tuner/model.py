@@ -81,9 +81,7 @@ class AlpsModel(BaseTuner):
             config.fingerprint = fingerprint(model)
         else:
             check_fingerprint(config.fingerprint, model)
-        self._rows = {
-            prefix + path: torch.from_numpy(rows) for path, rows in layout.selected_rows(selection).items()
-        }
+        self._rows = {prefix + path: torch.from_numpy(rows) for path, rows in layout.selected_rows(selection).items()}
         config.target_modules = list(self._rows)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = None  # it follows from the heads, and is not saved beside them

@@ -1,0 +1,37 @@
+# make reproduce   a true result in minutes: environment, embedded model, notebooks of profile quick
+# make test        the same environment, and the tests
+# make lock        resolve pyproject.toml's ranges anew into requirements.lock
+# make clean       remove what make reproduce wrote (not the environment)
+
+PYTHON ?= python3
+VENV ?= .venv
+MADE = $(VENV)/.made
+
+.PHONY: reproduce test lint lock clean
+
+reproduce: $(MADE)
+	@$(VENV)/bin/alps-repro reproduce quick
+
+test: $(MADE) lint
+	@$(VENV)/bin/python -m pytest
+
+lint: $(MADE)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+$(MADE): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; say which with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(MADE)
+
+# CUDA libraries are left out: torch pins its own exactly where it is built for them, and needs none on a CPU.
+lock: $(MADE)
+	$(VENV)/bin/python -m pip install --quiet uv
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
+	  --custom-compile-command "make lock" --no-emit-package triton \
+	  pyproject.toml --output-file requirements.lock
+	sed -i -e '/^nvidia-/d' -e '/^cuda-/d' requirements.lock
+
+clean:
+	rm -rf results/quick

@@ -1,0 +1,109 @@
+"""What a run needs from this machine, one line a thing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from alps_repro.checkpoints import EMBEDDED, GGUF_SHA256, cache_folder
+
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """good: nothing is missing. text: what was found, and what to do where it is not good. needed: by every run."""
+
+    good: bool
+    text: str
+    needed: bool = True
+
+
+def locked_versions(lock: Path = LOCK) -> dict[str, str]:
+    """{package: version} of the lock file."""
+    found = re.findall(r"^([A-Za-z0-9_.\-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE)
+    return {name.lower(): version for name, version in found}
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding(sys.version_info >= (3, 11), f"Python {version}; 3.11 or newer is needed.")
+
+
+def _packages() -> Finding:
+    if not LOCK.exists():
+        return Finding(True, "No lock file beside the package: versions are not compared.")
+    wanted, wrong = locked_versions(), []
+    for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "lm-eval", "datasets", "papermill"):
+        try:
+            version = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            version = "missing"
+        if version != wanted.get(name):
+            wrong.append(f"{name} is {version}, the lock says {wanted.get(name)}")
+    if wrong:
+        return Finding(False, "; ".join(wrong) + ": run 'pip install -r requirements.lock' to get the locked ones.")
+    return Finding(True, f"Packages are the locked ones (torch {wanted['torch']}, peft {wanted['peft']}).")
+
+
+def _device() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        text = f"{torch.cuda.get_device_name()}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free."
+        yield Finding(True, text)
+    else:
+        text = f"No GPU: profile quick is made for this; {os.cpu_count()} processors, {torch.get_num_threads()} used."
+        yield Finding(True, text)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    good = memory >= 7.5
+    yield Finding(good, f"{memory:.0f} GiB of memory" + ("." if good else "; profile quick needs 8: close programs."))
+
+
+def _bitsandbytes() -> Finding:
+    try:
+        bitsandbytes = importlib.import_module("bitsandbytes")
+    except Exception as error:
+        text = f"bitsandbytes does not load ({type(error).__name__}): 4 and 8 bit are not to be had; reinstall it."
+        return Finding(False, text, needed=False)
+    devices = ", ".join(sorted(getattr(bitsandbytes, "supported_torch_devices", {"cpu"})))
+    return Finding(True, f"bitsandbytes {bitsandbytes.__version__} for 4 and 8 bit, on: {devices}.", needed=False)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    good = free >= 5
+    return Finding(good, f"{free:.0f} GiB of disk free" + ("." if good else "; profile quick needs 5: make room."))
+
+
+def _embedded() -> Finding:
+    there = (cache_folder() / f"{EMBEDDED}-{GGUF_SHA256[:12]}").exists()
+    text = "is in the cache." if there else "is not in the cache yet; the first use gets it from the package index."
+    return Finding(True, f"{EMBEDDED} {text}")
+
+
+def _hub() -> Iterator[Finding]:
+    from huggingface_hub import HfApi, get_token
+
+    try:
+        HfApi().model_info("gpt2", timeout=5)
+        yield Finding(True, "The model hub can be reached.", needed=False)
+    except Exception as error:
+        text = f"The model hub cannot be reached ({type(error).__name__}): only local and embedded models will load."
+        yield Finding(False, text, needed=False)
+    token = get_token() is not None
+    text = "A hub token is set." if token else "No hub token: gated models (Llama) want one; run 'hf auth login'."
+    yield Finding(token, text, needed=False)
+
+
+def examine() -> list[Finding]:
+    """Everything that was checked, in the order in which a run needs it."""
+    return [_python(), _packages(), *_device(), _bitsandbytes(), _disk(), _embedded(), *_hub()]
