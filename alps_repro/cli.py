@@ -34,7 +34,10 @@ def _recipe(assignments: list[str] | None) -> Any:
         name, separator, value = assignment.partition("=")
         if not separator:
             raise UserError(f"'{assignment}' is not NAME=VALUE: write, for example, --set learning_rate=1e-4.")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"The value of '{assignment}' is not YAML: close every bracket and quote.") from None
         try:
             parsed = float(parsed) if isinstance(parsed, str) else parsed  # YAML 1.1 reads 1e-4 as text
         except ValueError:
@@ -58,9 +61,10 @@ def localize(
     from rich.table import Table
 
     from alps_repro import figures
-    from alps_repro.recipe import LocalizeConfig
+    from alps_repro.recipe import LocalizeConfig, check_ratio
     from alps_repro.runs import localize_run
 
+    check_ratio(ratio)
     config = LocalizeConfig.check(
         base=base, task_model=task, metric=metric, head_matrix=head_matrix, tau=tau, ground=ground
     )
@@ -111,7 +115,7 @@ def finetune(
         )
     config = FinetuneConfig.check(
         method=method,
-        ratio=ratio,
+        ratio=ratio if METHODS[method].uses_ratio else 1.0,
         scope=scope,
         quantization=quantization,
         choice_seed=choice_seed,
@@ -171,10 +175,24 @@ def table(results: Annotated[Path, typer.Argument(help="A results folder.")] = P
 @app.command()
 def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or a path to one.")] = "quick") -> None:
     """Execute a profile's notebooks and print what came out."""
-    from alps_repro import reproduce as reproducing
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from alps_repro.reproduce import reproduce as execute
 
     start = time.perf_counter()
-    results = reproducing.reproduce(profile, lambda line: console.print(line, markup=False, soft_wrap=True))
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as steps:
+
+        def say(line: str) -> None:
+            for task in steps.tasks:
+                steps.update(task.id, total=1, completed=1)
+            if console.is_terminal:
+                steps.add_task(line, total=None)
+            else:
+                console.print(line, markup=False, soft_wrap=True)
+
+        results = execute(profile, say)
+        say("report made")
     console.print()
     console.print((results / "tables" / "summary.md").read_text(), soft_wrap=True, markup=False)
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Look at:")

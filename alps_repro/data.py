@@ -127,6 +127,20 @@ def offline_splits(name: str, *, train_size: int = 0, seed: int = 0) -> dict[str
     return splits
 
 
+def _rows(wanted: HubDataset, source: str | Path | None) -> Dataset:
+    from datasets import load_dataset
+
+    if source is None:
+        return load_dataset(wanted.hub_id, split=wanted.split)
+    folder, files = Path(source).absolute(), f"{wanted.split}.*"
+    if folder.is_file():
+        folder, files = folder.parent, folder.name
+    elif not any(folder.glob(files)):
+        return load_dataset(str(folder), split=wanted.split)
+    # Left alone, `datasets` would call the split of `train_sft.jsonl` `train`.
+    return load_dataset(str(folder), data_files={wanted.split: files}, split=wanted.split)
+
+
 def training_examples(
     name: str, *, size: int | None = None, seed: int = 0, source: str | Path | None = None
 ) -> Dataset:
@@ -134,12 +148,14 @@ def training_examples(
 
     size: how many; by default all of a hub data set, or 10,000 of an offline one.
     seed: draws the questions of an offline data set, or which `size` examples of a hub one are taken.
-    source: a local copy of the hub data set (a folder or file that `datasets.load_dataset` reads) in place of the hub.
+    source: a local copy in place of the hub: one file (JSON, JSON lines, Parquet, CSV), or a folder. In a folder,
+        files named after the split (`train_sft.jsonl`) are taken; without any, it is read as a copy of the hub's
+        repository (`data/train_sft-00000-of-00001.parquet` and so on).
 
     Raises:
-        UserError: unknown name, no network, or columns other than expected.
+        UserError: unknown name, no network, no readable local copy, or columns other than expected.
     """
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
     one_of("data set", name, DATASETS)
     if name in OFFLINE:
@@ -147,12 +163,16 @@ def training_examples(
         return Dataset.from_list(offline_splits(name, train_size=size, seed=seed)["train"])
     wanted = HUB[name]
     try:
-        rows = load_dataset(str(source) if source else wanted.hub_id, split=wanted.split)
+        rows = _rows(wanted, source)
     except Exception as error:  # hub, network and file errors have no common base class
-        where = f"'{source}'" if source else f"the hub ('{wanted.hub_id}')"
+        where = f"'{source}'" if source is not None else f"the hub ('{wanted.hub_id}')"
+        what = (
+            f"give a file or folder that holds its split '{wanted.split}'"
+            if source is not None
+            else f"check the connection, or use one that needs none: {', '.join(OFFLINE)}"
+        )
         raise UserError(
-            f"The data set '{name}' could not be had from {where}: {type(error).__name__}; check the connection, "
-            f"or use one that needs none: {', '.join(OFFLINE)}."
+            f"The data set '{name}' could not be had from {where}: {type(error).__name__}; {what}."
         ) from error
     missing = set(wanted.columns) - set(rows.column_names)
     if missing:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,10 +17,11 @@ import numpy as np
 
 from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT
-from alps_repro.errors import UserError, nearest
+from alps_repro.errors import UserError, nearest, one_of
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.tasks import TaskManager
 
 OFFLINE_TASKS = Path(__file__).parent / "tasks"
 
@@ -53,6 +57,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "mmlu": Benchmark(5, ("acc,none",), macro=True),
     "arc_challenge": Benchmark(0, ("acc,none",)),
 }
+
+#: What may stand around lm-eval's own text.
+TEMPLATES = ("none", "alpaca")
 
 #: The number that stands for an offline task in tables; the strict one is kept beside it.
 OFFLINE_METRIC = "exact_match,flexible-extract"
@@ -92,7 +99,22 @@ def kept_generators() -> Iterator[None]:
             torch.cuda.set_rng_state_all(gpu)
 
 
-def _check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back what lm-eval says of every loaded model and task; errors still show."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
+    """Raise `UserError` where a task is unknown, or runs code without leave."""
     known = [*OFFLINE, *BENCHMARKS]
     for task in tasks:
         if task not in known:
@@ -121,7 +143,8 @@ def evaluate(
     model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`.
     tasks: of `BENCHMARKS` (the paper's ten, with its shots) or `data.OFFLINE`.
     limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
-    template: `none` asks lm-eval's own text; `alpaca` wraps it in the template that models were tuned on.
+    template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
+        tuned on. Offline tasks carry that template already and are never wrapped.
     allow_code: run code that the model wrote, in this process (HumanEval, MBPP).
 
     Raises:
@@ -129,7 +152,8 @@ def evaluate(
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
-    _check_tasks(tasks, allow_code)
+    one_of("template", template, TEMPLATES)
+    check_tasks(tasks, allow_code)
     if isinstance(model, (str, Path)):
         model, tokenizer = load_model(model, quantization)
     if tokenizer is None:
@@ -137,7 +161,6 @@ def evaluate(
 
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     shown = None if progress else "1"
     training, before = model.training, os.environ.get("TQDM_DISABLE")
@@ -147,32 +170,40 @@ def evaluate(
         os.environ["TQDM_DISABLE"] = shown
     own_template = tokenizer.chat_template
     if template == "alpaca":
-        tokenizer.chat_template = PROMPT.format(instruction="{{ messages[-1]['content'] }}")
+        # All messages, since a task's description is one of its own; Jinja drops the last line break.
+        tokenizer.chat_template = PROMPT.format(instruction="{{ messages | map(attribute='content') | join }}") + "\n"
     try:
-        with kept_generators():
+        with kept_generators(), quiet():
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            manager = TaskManager(
-                include_path=str(OFFLINE_TASKS), include_defaults=any(task in BENCHMARKS for task in tasks)
-            )
+            manager = _manager(any(task in BENCHMARKS for task in tasks))
             found: dict[str, Any] = {}
-            for shots in sorted({_shots(task) for task in tasks}):  # lm-eval takes one number of shots a call
+            # lm-eval takes one number of shots a call, and wraps all of its tasks or none.
+            asked = {task: (_shots(task), template == "alpaca" and task in BENCHMARKS) for task in tasks}
+            for shots, wrapped in sorted(set(asked.values())):
                 part = simple_evaluate(
                     model=lm,
-                    tasks=[task for task in tasks if _shots(task) == shots],
+                    tasks=[task for task, how in asked.items() if how == (shots, wrapped)],
                     num_fewshot=shots,
                     task_manager=manager,
                     limit=limit,
                     bootstrap_iters=1000,
                     log_samples=True,
-                    apply_chat_template=template == "alpaca",
+                    apply_chat_template=wrapped,
+                    fewshot_as_multiturn=False,
                     confirm_run_unsafe_code=allow_code,
                 )
                 for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
                     found.setdefault(key, {}).update(part.get(key) or {})
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The tasks {', '.join(tasks)} need the package '{error.name}': run pip install 'alps-repro[benchmarks]'."
+        ) from error
     except Exception as error:
-        if isinstance(error, (ConnectionError, OSError)) or "offline" in str(error).lower() or _is_hub_error(error):
+        # What nltk's tokenizer data lacks is a bare LookupError.
+        missing = isinstance(error, OSError) or type(error) is LookupError
+        if missing or "offline" in str(error).lower() or _is_hub_error(error):
             raise UserError(
                 f"The questions of {', '.join(tasks)} could not be had from the hub ({type(error).__name__}): check "
                 f"the connection, or use offline tasks: {', '.join(OFFLINE)}."
@@ -186,6 +217,13 @@ def evaluate(
             if before is not None:
                 os.environ["TQDM_DISABLE"] = before
     return _evaluation(found, tasks)
+
+
+@functools.cache  # lm-eval reads its 14,000 task files for one with its own tasks: 5 to 10 s
+def _manager(benchmarks: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(OFFLINE_TASKS), include_defaults=benchmarks)
 
 
 def _is_hub_error(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 def loss_curves(records: Iterable[Record]) -> Figure:
     """Training loss in nats per counted token against the optimizer step, one line a run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -30,9 +31,9 @@ def loss_curves(records: Iterable[Record]) -> Figure:
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss, nats per token")
+    axes.yaxis.set_major_locator(LogLocator(base=2))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return figure
@@ -45,6 +46,9 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("svg", "png")]
+    # A constrained layout moves a little with every drawing, so it is settled once.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     with matplotlib.rc_context({"svg.hashsalt": "alps-repro"}):
         figure.savefig(paths[0], metadata={"Date": None})
         figure.savefig(paths[1], dpi=200, metadata={"Software": None})

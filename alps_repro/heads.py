@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -120,9 +121,15 @@ class HeadLayout:
             layers=config.num_hidden_layers,
             heads=heads,
             groups=groups,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1),
             hidden_size=config.hidden_size,
         )
+        if min(layout.layers, layout.heads, layout.groups, layout.head_dim, layout.hidden_size) < 1:
+            raise UserError(
+                f"The configuration has {layout.layers} layers, {layout.heads} query heads and {layout.groups} "
+                f"key/value groups of width {layout.head_dim} on a hidden size of {layout.hidden_size}: each must be "
+                "at least 1; check the config.json."
+            )
         if layout.heads % layout.groups:
             raise UserError(
                 f"The configuration has {layout.heads} query heads and {layout.groups} key/value groups; the groups "
@@ -202,8 +209,9 @@ class HeadLayout:
         found = [p for p in PREFIXES if f"{p}{first}" in names or f"{p}{first}.weight" in names]
         if len(found) != 1:
             raise UserError(
-                f"The {'' if found else 'missing '}tensor '{first}.weight' was found {len(found)} times in this "
-                f"{self.architecture} model: it must be there exactly once for its heads to be located."
+                f"'{first}.weight' was found {len(found)} times in this {self.architecture} model, and must be there "
+                "exactly once for its heads to be located: use a complete checkpoint of the architecture that its "
+                "config.json names."
             )
         return found[0]
 
@@ -241,7 +249,7 @@ class HeadSelection:
         heads = []
         for pair in self.heads:
             try:
-                layer, head = (int(i) for i in pair)
+                layer, head = (operator.index(i) for i in pair)
             except (TypeError, ValueError):
                 raise UserError(f"{pair!r} is not a head: give (layer, head) pairs, counted from 0.") from None
             if not (0 <= layer < self.layout.layers and 0 <= head < self.layout.heads):

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alps_repro.checkpoints import QUANTIZATIONS
 from alps_repro.data import DATASETS
 from alps_repro.errors import UserError, nearest, one_of
+from alps_repro.evaluation import check_tasks
 from alps_repro.methods import METHODS, SCOPES
+from alps_repro.scores import _check
 
 
 class Settings(BaseModel):
@@ -39,7 +42,12 @@ class Settings(BaseModel):
             cause = first.get("ctx", {}).get("error")
             where = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
-                raise UserError(f"There is no parameter '{where}': see {cls.__name__}.") from None
+                owner = cls.model_fields[str(first["loc"][0])].annotation
+                known = owner.model_fields if isinstance(owner, type) and issubclass(owner, Settings) else ()
+                hint = nearest(str(first["loc"][-1]), known) if known else f"see {cls.__name__}."
+                raise UserError(f"There is no parameter '{where}': {hint}") from None
+            if first["type"] == "missing":
+                raise UserError(f"The parameter '{where}' is missing: say what it is.") from None
             text = str(cause) if cause else f"The parameter '{where}' is {first['input']!r}: {first['msg']}."
             raise UserError(text) from None
 
@@ -53,12 +61,15 @@ class Settings(BaseModel):
         return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:10]
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Recipe(Settings):
     """How to train. The defaults are the paper's (section 4.1); what it does not say is marked."""
 
     learning_rate: float = Field(2e-5, gt=0, description="peak learning rate")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on all but biases and norms")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with linear warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
     epochs: float = Field(3.0, gt=0)
@@ -74,6 +85,7 @@ class Recipe(Settings):
         "auto", description="of the forward pass; auto: float16 on a GPU, as in the paper, float32 on a CPU"
     )
     gradient_checkpointing: bool = False
+    workers: int = Field(0, ge=0, description="processes that prepare batches; the result does not depend on it")
     examples: int | None = Field(None, gt=0, description="training examples; all of them where none is said")
     checkpoint_steps: int = Field(500, gt=0, description="steps between checkpoints that a stopped run resumes from")
 
@@ -107,8 +119,7 @@ class FinetuneConfig(Settings):
         one_of("method", self.method, METHODS)
         one_of("scope", self.scope, SCOPES)
         one_of("quantization", self.quantization, QUANTIZATIONS)
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"The ratio {self.ratio} is not in (0, 1]: give the share of heads to train, such as 0.1.")
+        check_ratio(self.ratio)
         check_scope(self.scope, self.quantization)
         if METHODS[self.method].uses_scores and self.localization is None:
             raise ValueError(f"The method '{self.method}' needs head scores: say which localization they come from.")
@@ -133,6 +144,12 @@ class LocalizeConfig(Settings):
     tau: float = 1.0
     ground: str = "position"
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        # Now rather than when the task model has been made.
+        _check(self.metric, self.head_matrix, self.tau, self.ground)
+        return self
+
     @property
     def name(self) -> str:
         task = self.task_model if isinstance(self.task_model, str) else self.task_model.dataset
@@ -152,11 +169,12 @@ class EvaluateConfig(Settings):
     )
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
 
-    @field_validator("quantization")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        one_of("quantization", value, QUANTIZATIONS)
-        return value
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        # Now rather than when the model has been tuned.
+        one_of("quantization", self.quantization, QUANTIZATIONS)
+        check_tasks(self.tasks, self.allow_code)
+        return self
 
     @property
     def name(self) -> str:
@@ -168,7 +186,13 @@ FinetuneConfig.model_rebuild()
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-.")[-150:]
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)[-150:].strip("-.")
+
+
+def check_ratio(ratio: float) -> None:
+    """Raise `UserError` unless a ratio is in (0, 1]."""
+    if not 0 < ratio <= 1:
+        raise UserError(f"The ratio {ratio} is not in (0, 1]: give the share of heads to train, such as 0.1.")
 
 
 def check_scope(scope: str, quantization: str) -> None:
@@ -207,6 +231,19 @@ class Profile(Settings):
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        one_of("data set", self.dataset, DATASETS)
+        one_of("quantization", self.quantization, QUANTIZATIONS)
+        check_ratio(self.ratio)
+        for method in (*self.methods, *self.recipes, *self.scopes):
+            one_of("method", method, METHODS)
+        for scope in (self.scope, *self.scopes.values()):
+            one_of("scope", scope, SCOPES)
+        for own in self.recipes.values():
+            Recipe.check(**{**self.recipe.model_dump(), **own})
+        return self
+
     @classmethod
     def load(cls, name: str, **overrides: Any) -> Profile:
         """Read a profile by name (from `profiles/`) or path; overrides that are None are left out.
@@ -217,7 +254,8 @@ class Profile(Settings):
         import yaml
 
         folder = Path(__file__).parents[1] / "profiles"
-        path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+        name = str(name)
+        path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
         if not path.is_file():
             raise UserError(f"There is no profile '{name}': {nearest(name, [p.stem for p in folder.glob('*.yaml')])}")
         try:
@@ -226,12 +264,11 @@ class Profile(Settings):
             raise UserError(f"The profile '{path}' is not readable YAML ({str(error).splitlines()[0]}).") from None
         if not isinstance(settings, Mapping):
             raise UserError(f"The profile '{path}' holds no settings.")
+        if isinstance(settings.get("results"), str):
+            # Relative to the checkout, wherever a notebook or shell is: Jupyter starts kernels beside the notebook.
+            settings["results"] = os.path.relpath(Path(__file__).parents[1] / settings["results"])
         settings = {**settings, **{k: v for k, v in overrides.items() if v is not None}}
-        profile = cls.check(**{str(k): v for k, v in settings.items()})
-        for method in (*profile.methods, *profile.recipes, *profile.scopes):
-            one_of("method", method, METHODS)
-        one_of("data set", profile.dataset, DATASETS)
-        return profile
+        return cls.check(**{str(k): v for k, v in settings.items()})
 
     def for_method(self, method: str, *, scope: str | None = None, **recipe: Any) -> Profile:
         """This profile with another scope or recipe for one method; what is None stays as it is."""
@@ -259,12 +296,12 @@ class Profile(Settings):
 
     def localization(self, task_model: str | None = None) -> LocalizeConfig:
         """The localization; the task model is the `full` run in scope `all` unless another is named."""
-        full = None if task_model else self.finetuning("full")
-        if full is not None:
-            full = full.model_copy(update={"scope": "all", "quantization": "none"})
+        if task_model is None:
+            whole = self.model_copy(update={"scope": "all", "scopes": {}, "quantization": "none"})
+            task_model = whole.finetuning("full")
         return LocalizeConfig.check(
             base=self.base,
-            task_model=task_model or full,
+            task_model=task_model,
             metric=self.metric,
             head_matrix=self.head_matrix,
             tau=self.tau,
@@ -273,6 +310,7 @@ class Profile(Settings):
 
     def evaluation(self, method: str) -> EvaluateConfig:
         """The evaluation of a method's model, or of the base where `method` is `vanilla`."""
+        one_of("method", method, ("vanilla", *METHODS))
         return EvaluateConfig.check(
             model=self.base if method == "vanilla" else self.finetuning(method),
             tasks=self.tasks,

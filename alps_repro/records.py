@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from alps_repro.errors import UserError
+from alps_repro.errors import UserError, explained
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
 
 SCHEMA_VERSION = 1
@@ -110,7 +110,8 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may be what is wrong
+            beside.unlink()
         why = error.strerror
         raise UserError(f"'{path}' cannot be written ({why}): make room or choose another folder.") from error
 
@@ -124,19 +125,22 @@ def load_record(path: Path) -> Record:
     try:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"The record '{path}' cannot be read ({error}).") from error
+        raise UserError(f"The record '{path}' cannot be read ({error}): remove it and run again.") from error
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"The record '{path}' has schema version {version}, this package reads {SCHEMA_VERSION}: run it again, or "
-            "read it with the version of the package that wrote it."
+            f"The record '{path}' has schema version {version}, this package reads {SCHEMA_VERSION}: remove it and run "
+            "again, or read it with the version of the package that wrote it."
         )
     try:
         return Record.model_validate(stored)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"The record '{path}' does not fit its schema: {where}: {first['msg']}.") from None
+        # A configuration is tried as each of its three kinds: a sentence of our own says more than a missing field.
+        first = max(error.errors(), key=lambda entry: "error" in entry.get("ctx", {}))
+        where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+        raise UserError(
+            f"The record '{path}' does not fit its schema ({where}: {first['msg']}): remove it and run again."
+        ) from None
 
 
 def load_records(folder: Path, kind: str | None = None) -> list[Record]:
@@ -237,10 +241,14 @@ def recorded(folder: Path, config: LocalizeConfig | FinetuneConfig | EvaluateCon
 
     try:
         yield outcome
+        outcome.record = write("completed", None)
     except BaseException as error:
-        write("failed", (str(error).strip().splitlines() or [type(error).__name__])[0])
+        reason = explained(error) or error
+        with suppress(UserError):  # where nothing can be written, the error still has to be heard
+            write("failed", (str(reason).strip().splitlines() or [type(error).__name__])[0])
+        if reason is not error:
+            raise reason from error
         raise
-    outcome.record = write("completed", None)
 
 
 def schema() -> dict[str, Any]:

@@ -7,12 +7,20 @@ by question), `models/` (weights), and what is made from the records: `tables/`,
 from __future__ import annotations
 
 import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from alps_repro.checkpoints import is_adapter, model_hash, resolve
-from alps_repro.errors import UserError
-from alps_repro.evaluation import OFFLINE_METRIC, evaluate
+from alps_repro.errors import UserError, explained
+from alps_repro.evaluation import BENCHMARKS, OFFLINE_METRIC, evaluate
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
 from alps_repro.records import Record, load_record, record_path, recorded, write_whole
 from alps_repro.scores import HeadScores, localize
@@ -25,6 +33,28 @@ def _done(folder: Path, kind: str, config: LocalizeConfig | FinetuneConfig | Eva
         return None
     record = load_record(path)
     return record if record.status == "completed" and record.config == config else None
+
+
+@contextmanager
+def _held(results: Path, kind: str, name: str) -> Iterator[None]:
+    """Let one process at a time make a run; a second one says who makes it, waits, and finds it done."""
+    _prepare(results / "locks")
+    path = results / "locks" / f"{kind}-{name}.lock"
+    lock, holder = FileLock(path), path.with_suffix(".holder")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            print(f"{who} is making {kind}-{name} in '{results}': waiting for it.", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise explained(error) or error from error
+    try:
+        write_whole(holder, f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        lock.release()
 
 
 def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool = True) -> tuple[Record, Path]:
@@ -40,10 +70,20 @@ def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool 
     if config.localization is not None:
         scores = localize_run(config.localization, results, progress=progress)[0]
     _prepare(results / "models")
+    with _held(results, "finetune", config.name):
+        record = _done(results / "records", "finetune", config)
+        if record is not None and model.exists():
+            return record, model
+        return _finetune(config, results, model, scores, progress)
+
+
+def _finetune(
+    config: FinetuneConfig, results: Path, model: Path, scores: HeadScores | None, progress: bool
+) -> tuple[Record, Path]:
     with recorded(results / "records", config) as outcome:
         outcome.model_sha256["base"] = model_hash(resolve(config.base))
-        if model.exists() and not (config.method == "no_attn" and config.scope == "heads"):
-            raise UserError(f"'{model}' has no record that says how it was made: remove it and run again.")
+        if model.parent == results / "models":
+            shutil.rmtree(model, ignore_errors=True)  # of a run that was cut off before its record
         tuned = finetune(
             config.base,
             config.dataset,
@@ -77,7 +117,7 @@ def localize_run(config: LocalizeConfig, results: str | Path, *, progress: bool 
     if isinstance(config.task_model, FinetuneConfig):
         task = finetune_run(config.task_model, results, progress=progress)[1]
     _prepare(path.parent)
-    with recorded(results / "records", config) as outcome:
+    with _held(results, "localize", config.name), recorded(results / "records", config) as outcome:
         scores = localize(
             config.base,
             task,
@@ -104,6 +144,14 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
     if isinstance(config.model, FinetuneConfig):
         tuning, model = finetune_run(config.model, results, progress=progress)
     _prepare(results / "samples")
+    with _held(results, "evaluate", config.name):
+        record = _done(results / "records", "evaluate", config)
+        return record or _evaluate(config, results, model, tuning, progress)
+
+
+def _evaluate(
+    config: EvaluateConfig, results: Path, model: str | Path, tuning: Record | None, progress: bool
+) -> Record:
     with recorded(results / "records", config) as outcome:
         found = evaluate(
             model,
@@ -124,7 +172,9 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             "questions": {task: len({row["doc_id"] for row in rows}) for task, rows in found.samples.items()},
             "shots": found.shots,
             "task_versions": found.versions,
-            "headline_metric": {task: OFFLINE_METRIC for task in config.tasks if task in found.results},
+            "headline_metric": {
+                task: BENCHMARKS[task].metrics if task in BENCHMARKS else (OFFLINE_METRIC,) for task in config.tasks
+            },
             "samples": samples.name,
         }
         outcome.data_sha256 = found.hashes

@@ -101,5 +101,3 @@ def run_program(program: str, *, seconds: int = SECONDS) -> Outcome:
 
 
 _checked: list[bool] = []
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,39 +29,74 @@ if TYPE_CHECKING:
 HEAD_MATRICES = ("product", "concat", "released")
 GROUNDS = ("position", "value")
 
+#: Layers that are read and scored at the same time, at most.
+THREADS = 4
 
-def _head_matrix(rows: dict[Part, torch.Tensor], head: int, layout: HeadLayout, kind: str) -> torch.Tensor:
-    """A head's matrix, flattened: float64, (entries,), always a tensor of its own.
 
-    product (Eq. 5): W_q · (W_kᵀ · W_v), with W of shape (hidden size, head dim): row by row, hidden size · head dim.
-    concat: the head's query, key and value rows one after the other, with the key and value group it reads.
-    released: the same join as `find_heads` of the released code slices it, k and v by the query head's number; where
-        there is no such group (head >= groups) nothing of k and v is left.
-    """
+class _Scratch(threading.local):
+    """Memory of a scoring thread, kept from head to head: making it anew each time would cost as much as scoring."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, size: int) -> torch.Tensor:
+        """A float64 vector of that size; its contents are whatever was left in it."""
+        import torch
+
+        if name not in self.kept or len(self.kept[name]) < size:
+            self.kept[name] = torch.empty(size, dtype=torch.float64)
+        return self.kept[name][:size]
+
+
+def _block(rows: torch.Tensor, index: int, layout: HeadLayout) -> torch.Tensor:
+    return rows[index * layout.head_dim : (index + 1) * layout.head_dim]
+
+
+def _middle(rows: dict[Part, torch.Tensor], group: int, layout: HeadLayout) -> torch.Tensor:
+    """W_kᵀ · W_v of a group, (head dim, head dim) in float64: what its heads' products have in common."""
+    return _block(rows["key"], group, layout).double() @ _block(rows["value"], group, layout).double().T
+
+
+def _product(query: torch.Tensor, middle: torch.Tensor, scratch: _Scratch, name: str) -> torch.Tensor:
+    """A head's matrix by Eq. 5, W_q · (W_kᵀ · W_v), flattened row by row: (hidden size · head dim,) of `scratch`."""
     import torch
 
-    def block(part: Part, index: int) -> torch.Tensor:
-        return rows[part][index * layout.head_dim : (index + 1) * layout.head_dim]
+    own = scratch("query", query.numel()).view_as(query).copy_(query)
+    out = scratch(name, query.shape[1] * len(middle))
+    torch.mm(own.T, middle, out=out.view(query.shape[1], len(middle)))
+    return out
 
-    query = block("query", head)
-    if kind == "product":
-        key, value = (block(part, layout.group(head)).double() for part in ("key", "value"))
-        return (query.double().T @ (key @ value.T)).flatten()
+
+def _join(rows: dict[Part, torch.Tensor], head: int, layout: HeadLayout, kind: str, out: torch.Tensor) -> torch.Tensor:
+    """A head's query, key and value rows one after the other, as stored: a part of `out`.
+
+    concat: with the key and value group that the head reads. released: as `find_heads` of the released code slices
+    them, by the query head's number; where there is no such group (head >= groups) nothing of k and v is left.
+    """
     group = layout.group(head) if kind == "concat" else head
-    joined = torch.cat([query.flatten(), block("key", group).flatten(), block("value", group).flatten()])
-    return joined.double()
+    end = 0
+    for part, index in (("query", head), ("key", group), ("value", group)):
+        block = _block(rows[part], index, layout)
+        out[end : end + block.numel()].view_as(block).copy_(block)
+        end += block.numel()
+    return out[:end]
 
 
 def _log_softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
     import torch
 
-    return torch.log_softmax(x if tau == 1 else x / tau, 0)
+    return torch.log_softmax(x / tau, 0)
 
 
 def _softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
-    import torch
-
-    return torch.softmax(x if tau == 1 else x / tau, 0)
+    """The softmax, written over `x`."""
+    if tau != 1:
+        x.div_(tau)
+    highest = float(x.max())
+    if abs(highest) > 100:  # otherwise neither overflow nor an empty sum is near, and a pass is saved
+        x.sub_(highest)
+    x.exp_()
+    return x.mul_(1 / float(x.sum()))
 
 
 def _pad(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
@@ -97,7 +133,7 @@ def _kl(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
 def _kl_released(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     """D(P_T || P_B) with 1e-8 added to every entry, as the released code computes it."""
     p_b, p_t = _softmax(base, tau) + 1e-8, _softmax(task, tau) + 1e-8
-    return float((p_t * (p_t / p_b).log()).sum())
+    return _kl_divergence(p_t, p_t.log(), p_b.log())
 
 
 def _js(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
@@ -135,7 +171,8 @@ def _relative_l2(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
 
 Metric = Callable[["torch.Tensor", "torch.Tensor", float], float]
 
-#: Every metric by name: (base matrix, task matrix, tau) -> distance. The two last work without a softmax.
+#: Every metric by name: (base matrix, task matrix, tau) -> distance, with both matrices flattened, in float64, and
+#: free to be overwritten. The two last work without a softmax.
 METRICS: dict[str, Metric] = {
     "pad": _pad,
     "wasserstein": _wasserstein,
@@ -194,7 +231,7 @@ class HeadScores:
             stored["layout"] = layout = HeadLayout(**stored["layout"])
             stored["values"] = values = np.array(stored["values"], dtype=np.float64)
             scores = cls(**stored)
-        except (OSError, TypeError, KeyError, ValueError) as error:
+        except (OSError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise UserError(f"'{path}' is not a file of head scores ({error}).") from error
         if values.shape != (layout.layers, layout.heads) or not np.isfinite(values).all():
             raise UserError(f"'{path}' does not hold one finite score per head of its layout: localize again.")
@@ -202,13 +239,18 @@ class HeadScores:
 
     def heatmap(self, ratio: float = 0.1) -> Figure:
         """Scores as a picture, layers from the bottom up, with the heads that `top(ratio)` selects marked."""
+        from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
         layers, heads = self.values.shape
         cell = min(0.26, 7.0 / max(layers, heads))
         figure = Figure(figsize=(heads * cell + 2.6, layers * cell + 1.3), layout="constrained")
         axes = figure.add_subplot()
-        image = axes.imshow(self.values, origin="lower", cmap="cividis", aspect="equal", interpolation="nearest")
+        # A few heads move a hundred times further than the rest, so colours are spaced by ratio; zeros stay grey.
+        axes.set_facecolor("0.85")
+        shown = np.ma.masked_less_equal(self.values, 0)
+        norm = LogNorm() if shown.count() else None
+        image = axes.imshow(shown, origin="lower", cmap="cividis", norm=norm, aspect="equal", interpolation="nearest")
         chosen = np.array(self.top(ratio).heads)
         axes.scatter(
             chosen[:, 1],
@@ -227,7 +269,6 @@ class HeadScores:
         axes.tick_params(length=2)
         bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)
         bar.set_label(f"{self.metric} ({self.head_matrix})")
-        bar.formatter.set_powerlimits((-2, 3))
         figure.legend(loc="outside lower center", frameon=False, fontsize=9)
         return figure
 
@@ -268,7 +309,7 @@ def localize(
 
     base, task: a checkpoint folder (one or many safetensors shards), a hub id, the embedded model's name, or a loaded
         model; `task` may be the folder of a saved ALPS adapter. Folders are read tensor by tensor: no model is built,
-        and memory stays at one layer's projections.
+        and memory stays at a few layers' projections.
     metric: one of `METRICS`. head_matrix: `product` (Eq. 5), `concat`, `released`. tau: softmax temperature (Eq. 6).
     ground: for `pad`, where the probabilities lie: at the `position` of their entry (as in the released code), or
         at their own `value`.
@@ -281,19 +322,31 @@ def localize(
     from tqdm.auto import tqdm
 
     distance = _check(metric, head_matrix, tau, ground)
-    # One thread a head, each computing alone: a head is too small to be worth splitting, and heads are many.
-    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    # Each thread reads and scores layers of its own, computing alone: a head is too small to be worth splitting. Few
+    # threads, so that few layers are in memory.
+    threads = min(torch.get_num_threads(), THREADS)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     with open_attention(base) as b, open_attention(task) as t, pool:
         _check_pair(b, t)
-        layout = b.layout
-        values = np.empty((layout.layers, layout.heads))
+        layout, scratch = b.layout, _Scratch()
 
-        def score(head: int) -> float:
-            with torch.no_grad():
-                matrices = (_head_matrix(rows, head, layout, head_matrix) for rows in (rows_b, rows_t))
-                return distance(*matrices, tau)
+        @torch.no_grad()
+        def score(layer: int) -> list[float]:
+            sides = b.layer(layer), t.layer(layer)
+            scores: list[float] = []
+            for head in range(layout.heads):
+                if head_matrix == "product":
+                    if head % layout.heads_per_group == 0:
+                        middles = [_middle(rows, layout.group(head), layout) for rows in sides]
+                    pairs = zip(("base", "task"), sides, middles)
+                    matrices = [_product(_block(r["query"], head, layout), m, scratch, name) for name, r, m in pairs]
+                else:
+                    size = 3 * layout.head_dim * layout.hidden_size
+                    pairs = zip(("base", "task"), sides)
+                    matrices = [_join(r, head, layout, head_matrix, scratch(name, size)) for name, r in pairs]
+                scores.append(distance(*matrices, tau))
+            return scores
 
-        for layer in tqdm(range(layout.layers), desc="scoring layers", disable=not progress):
-            rows_b, rows_t = b.layer(layer), t.layer(layer)
-            values[layer] = list(pool.map(score, range(layout.heads)))
+        layers = pool.map(score, range(layout.layers))
+        values = np.array(list(tqdm(layers, desc="scoring layers", total=layout.layers, disable=not progress)))
         return HeadScores(values, layout, b.source, t.source, metric, head_matrix, float(tau), ground)

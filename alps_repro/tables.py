@@ -92,12 +92,12 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
                 f"{row.trained_parameters:,} ({row.trained_share:.1%})" for row in table.itertuples()
             ],
             "task": table["task"],
-            "score (95 % interval)": [
-                f"{row.score:.1f}" + ("" if pd.isna(row.low) else f" ({row.low:.1f} to {row.high:.1f})")
-                for row in table.itertuples()
+            "score, %": [f"{score:.1f}" for score in table["score"]],
+            "95 % interval": [
+                "–" if pd.isna(row.low) else f"{row.low:.1f} to {row.high:.1f}" for row in table.itertuples()
             ],
-            "strict score": [cell(value, "{:.1f}") for value in table["strict"]],
-            "questions": table["questions"],
+            "strict, %": [cell(value, "{:.1f}") for value in table["strict"]],
+            "questions": [cell(value, "{}") for value in table["questions"]],
             "training, s": [cell(value, "{:.0f}") for value in table["training_seconds"]],
         }
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alps_repro.checkpoints import load_model, resolve
+from alps_repro.checkpoints import QUANTIZATIONS, load_model, resolve
 from alps_repro.data import PROMPT, data_hash, training_examples
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
@@ -48,6 +50,9 @@ def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     Prompt and response are tokenized apart, as they are when the model answers. Examples whose prompt leaves no room
     for an answer are left out.
     """
+    for column in ("instruction", "response"):
+        if column not in examples.column_names:
+            raise UserError(f"The training examples lack the column '{column}': give rows of instruction and response.")
 
     def encode(row: dict[str, str]) -> dict[str, Any]:
         prompt = tokenizer(PROMPT.format(instruction=row["instruction"])).input_ids
@@ -135,10 +140,19 @@ def _precision(recipe: Recipe, gpu: bool) -> str:
     return "float16" if gpu else "float32"
 
 
-def _last_checkpoint(folder: Path) -> str | None:
+def _last_checkpoint(folder: Path, asked: dict[str, Any]) -> str | None:
+    """The checkpoint to resume from, if there is one; `asked` is everything that decides what a run trains."""
     # Trainer writes trainer_state.json last: a checkpoint without it was cut off.
     done = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(done, key=lambda p: int(p.name.split("-")[1]))) if done else None
+    note, text = folder / "run.json", json.dumps(asked, indent=1)
+    if done:
+        if not note.exists() or note.read_text() != text:
+            raise UserError(f"'{folder}' holds checkpoints of another run: remove it, or choose another output folder.")
+        return str(max(done, key=lambda p: int(p.name.split("-")[1])))
+    if os.environ.get("RANK", "0") == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(text)
+    return None
 
 
 def finetune(
@@ -173,12 +187,13 @@ def finetune(
     recipe: the paper's by default.
 
     Raises:
-        UserError: something asked for is unknown or impossible, or `output` exists.
+        UserError: something asked for is unknown or impossible, `output` exists, or its checkpoints are another run's.
     """
     recipe = recipe or Recipe()
     output = Path(output)
     one_of("method", method, METHODS)
     one_of("scope", scope, SCOPES)
+    one_of("quantization", quantization, QUANTIZATIONS)
     check_scope(scope, quantization)
     if output.exists():
         raise UserError(f"'{output}' exists already: remove it or choose another folder for the tuned model.")
@@ -203,7 +218,7 @@ def finetune(
     if isinstance(dataset, str):
         size = recipe.examples or (recipe.max_steps and recipe.max_steps * recipe.batch_size)
         dataset = training_examples(dataset, size=size, seed=seed)
-    train_set = tokenize(dataset, tokenizer, recipe.max_length)
+    train_set, sha256 = tokenize(dataset, tokenizer, recipe.max_length), data_hash(dataset)
     model.config.use_cache = False
     tuned = trainable(model, heads, scope)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
@@ -233,19 +248,20 @@ def finetune(
         warmup_steps=recipe.warmup_ratio,
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=seed,
         data_seed=seed,
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
-        save_total_limit=1,
+        save_total_limit=2,  # should the last one turn out broken, the one before it is there
         logging_steps=1,
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not progress,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
+        dataloader_num_workers=recipe.workers,
     )
     trainer = Trainer(
         model=tuned if scope == "heads" else model,
@@ -254,15 +270,75 @@ def finetune(
         data_collator=Collate(tokenizer.pad_token_id, recipe.loss_on),
         processing_class=tokenizer,
     )
-    result = trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints))
+    _show_bar_only(trainer)
+    trainer.add_callback(_stop_if_diverged(4 * math.log(model.config.get_text_config().vocab_size), checkpoints))
+    chosen = heads.heads if heads is not None else ()
+    asked = {
+        "base": str(base),
+        "heads": chosen,
+        "scope": scope,
+        "quantization": quantization,
+        "seed": seed,
+        "data": sha256,
+        "recipe": recipe.dump(),
+    }
+    result = trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints, asked))
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     if trainer.is_world_process_zero():
         model.config.use_cache = True
         _save(tuned, tokenizer, output, str(base))
         shutil.rmtree(checkpoints, ignore_errors=True)
-    chosen = heads.heads if heads is not None else ()
+    trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
     tokens = int(result.metrics.get("train_num_tokens", 0)) or _tokens(train_set, trainer.state.epoch)
-    return Finetuned(output, losses, chosen, trained, total, tokens, data_hash(dataset))
+    return Finetuned(output, losses, chosen, trained, total, tokens, sha256)
+
+
+def _show_bar_only(trainer: Any) -> None:
+    """Keep the progress bar, if any, without the line that Trainer would add for every step."""
+    from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
+        trainer.add_callback(type("Bar", (DEFAULT_PROGRESS_CALLBACK,), {"on_log": lambda *args, **kwargs: None}))
+
+
+def _stop_if_diverged(limit: float, checkpoints: Path) -> Any:
+    """A callback that ends training by `UserError` where the loss is no number, or far above that of a blind guess.
+
+    Guessing blindly costs ln(vocabulary) nats; `limit` is four times that. The loss of a step shows the weights that
+    the step before left, so a checkpoint made by then may be broken already and is removed.
+    """
+    from transformers import TrainerCallback
+
+    class StopIfDiverged(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            loss = logs.get("loss")
+            if loss is None or loss < limit:
+                return
+            for folder in checkpoints.glob("checkpoint-*"):
+                if not _finite(folder):
+                    shutil.rmtree(folder)
+            good = sorted(int(p.name.split("-")[1]) for p in checkpoints.glob("checkpoint-*"))
+            kept = f"the checkpoint of step {good[-1]} is kept in '{checkpoints}'" if good else "no checkpoint was made"
+            raise UserError(
+                f"The loss became {loss:g} at step {state.global_step}: lower the learning rate or the precision's "
+                f"risk (float32); {kept}."
+            )
+
+    return StopIfDiverged()
+
+
+def _finite(checkpoint: Path) -> bool:
+    """Whether all weights of a checkpoint are finite."""
+    import torch
+    from safetensors import safe_open
+
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if not all(torch.isfinite(file.get_tensor(name)).all() for name in file.keys()):  # noqa: SIM118
+                return False
+    return True
 
 
 def _tokens(train_set: Dataset, epochs: float | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import enum
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,15 +27,15 @@ def _add_peft_type() -> PeftType:
     if NAME in PeftType.__members__:
         return PeftType[NAME]
     member = str.__new__(PeftType, NAME)
-    member._name_ = NAME
-    member._value_ = NAME
+    member._name_ = member._value_ = NAME
     member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType.__members__)
+    member._sort_order_ = len(PeftType)
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
-    if isinstance(vars(enum.EnumType).get("__members__"), property):
-        type.__setattr__(PeftType, NAME, member)
+    # Python 3.11 finds members through the map above, 3.12 and later as attributes, which `EnumType` would not let
+    # be set under a member's name.
+    type.__setattr__(PeftType, NAME, member)
     return member
 
 
@@ -62,7 +62,7 @@ class AlpsConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
         pairs = self.heads.heads if isinstance(self.heads, HeadSelection) else self.heads
         try:
-            self.heads = sorted({(int(layer), int(head)) for layer, head in pairs})
+            self.heads = sorted({(operator.index(layer), operator.index(head)) for layer, head in pairs})
         except (TypeError, ValueError):
             raise UserError("AlpsConfig(heads=...) takes (layer, head) pairs, counted from 0.") from None
         if not self.heads:

@@ -19,33 +19,40 @@ ROWS = "alps_rows"
 BIAS = "alps_bias"
 
 
-class _ReplacedRows(torch.autograd.Function):
-    """`x @ W.T` with some rows of W replaced, whose backward pass computes no gradient of the rows that stay.
+def _replaced(weight: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    # A clone keeps the strides, `index_copy` would not: with others a product may round differently than the base's.
+    return weight.clone().index_copy_(0, index, rows.to(weight.dtype))
 
-    Shapes: x (..., inputs), weight (outputs, inputs), index (rows,), rows (rows, inputs). Plain autograd through
-    `weight.index_copy` would first compute the gradient of all of W.
+
+class _ReplacedRows(torch.autograd.Function):
+    """`x @ W.T + b` with some rows of W replaced, whose backward pass computes no gradient of the rows that stay.
+
+    Shapes: x (..., inputs), weight (outputs, inputs), index (rows,), rows (rows, inputs). fused: whether the bias is
+    added before the product is rounded. Plain autograd through an index_copy would first compute the gradient of
+    all of W.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, index, rows, row_bias):
+    def forward(ctx, x, weight, bias, index, rows, row_bias, fused):
         ctx.save_for_backward(x, weight, index, rows)
         if row_bias is not None:
             bias = bias.index_copy(0, index, row_bias.to(bias.dtype))
-        return F.linear(x, weight.index_copy(0, index, rows.to(weight.dtype)), bias)
+        weight = _replaced(weight, index, rows)
+        return F.linear(x, weight, bias) if fused or bias is None else F.linear(x, weight) + bias
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, index, rows = ctx.saved_tensors
         grad_x = grad_rows = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight.index_copy(0, index, rows.to(weight.dtype))
+            grad_x = grad @ _replaced(weight, index, rows)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
             own = grad.reshape(-1, grad.shape[-1]).index_select(1, index)
             if ctx.needs_input_grad[4]:
                 grad_rows = (own.T @ x.reshape(-1, x.shape[-1])).to(rows.dtype)
             if ctx.needs_input_grad[5]:
                 grad_bias = own.sum(0).to(rows.dtype)
-        return grad_x, None, None, None, grad_rows, grad_bias
+        return grad_x, None, None, None, grad_rows, grad_bias, None
 
 
 class AlpsLayer(nn.Module, BaseTunerLayer):
@@ -84,12 +91,12 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
     def _in_int8(self) -> bool:
         return type(self.base_layer.weight).__name__ == "Int8Params"
 
-    def _own(self, adapters: list[str]) -> list[str]:
+    def own(self, adapters: list[str]) -> list[str]:
         """The adapters that train rows of this projection, which must not overlap when used together."""
         own = [name for name in adapters if name in self.alps_rows]
         rows = [r for name in own for r in self.row_index[name].tolist()] if len(own) > 1 else []
         if len(rows) != len(set(rows)):
-            raise UserError(f"The adapters {', '.join(own)} train the same heads: activate one of them at a time.")
+            raise UserError(f"The adapters {', '.join(own)} train the same heads or groups: activate one at a time.")
         return own
 
     def _replacement(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -104,7 +111,7 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self.disable_adapters or self.merged else self._own(self.active_adapters)
+        adapters = [] if self.disable_adapters or self.merged else self.own(self.active_adapters)
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         index, rows, row_bias = self._replacement(adapters)
@@ -115,25 +122,28 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
             own = F.linear(x, rows.to(x.dtype), None if row_bias is None else row_bias.to(x.dtype))
             return out.index_copy(-1, index, own.to(out.dtype))
         weight, bias = dense_weight(self.base_layer), self.base_layer.bias
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
-        out = _ReplacedRows.apply(
-            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), index, rows, row_bias
-        )
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        else:  # bitsandbytes may multiply in another dtype than it dequantizes to
+            dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
+        bias = None if bias is None else bias.to(dtype)
+        fused = type(self.base_layer).__name__ != "FalconLinear"
+        out = _ReplacedRows.apply(x.to(dtype), weight.to(dtype), bias, index, rows, row_bias, fused)
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
     def merged_weight(self) -> torch.Tensor:
         """The weight (outputs, inputs) that the active adapters amount to, dequantized, in the base's dtype."""
         weight = dense_weight(self.base_layer)
-        adapters = [] if self.disable_adapters or self.merged else self._own(self.active_adapters)
+        adapters = [] if self.disable_adapters or self.merged else self.own(self.active_adapters)
         if not adapters:
             return weight
         index, rows, _ = self._replacement(adapters)
-        return weight.index_copy(0, index, rows.detach().to(weight.dtype))
+        return _replaced(weight, index, rows.detach())
 
     @torch.no_grad()
     def write_into(self, dense: nn.Module, adapters: list[str]) -> None:
         """Write these adapters' rows into an unquantized projection of the same shape."""
-        index, rows, row_bias = self._replacement(self._own(adapters))
+        index, rows, row_bias = self._replacement(self.own(adapters))
         weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
         weight[index] = rows.to(weight.dtype)
         if row_bias is not None:
@@ -149,7 +159,7 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
                 "Rows cannot be merged into a quantized projection in place: use merge_and_unload(), which gives a "
                 "plain float model."
             )
-        _, rows, _ = self._replacement(self._own(self.merged_adapters + adapters))
+        _, rows, _ = self._replacement(self.own(self.merged_adapters + adapters))
         if safe_merge and not torch.isfinite(rows).all():
             raise UserError(f"The adapter {adapters[0]} holds NaN or infinite weights and was not merged.")
         if not self.merged_adapters:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from alps_repro.errors import UserError
 from alps_repro.heads import HeadLayout, HeadSelection
@@ -30,7 +31,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     outside, projections, quantized = hashlib.sha256(), hashlib.sha256(), False
     for name, module in sorted(modules.items()):
         weight = module.weight
-        if not isinstance(weight, torch.Tensor) or (isinstance(module, nn.Linear) and name not in attention):
+        if not isinstance(weight, torch.Tensor) or (isinstance(module, (nn.Linear, Conv1D)) and name not in attention):
             continue
         if weight.device.type == "meta":
             return None
@@ -65,6 +66,14 @@ def check_fingerprint(stored: dict[str, Any], model: nn.Module) -> None:
         )
 
 
+def _conv1d(linear: nn.Linear) -> Conv1D:
+    """The same projection as GPT-2 stores it; dequantizing always gives `torch.nn.Linear`."""
+    conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    conv.bias = linear.bias
+    return conv
+
+
 class AlpsModel(BaseTuner):
     """The tuner that `get_peft_model` makes of an `AlpsConfig`."""
 
@@ -89,9 +98,8 @@ class AlpsModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: AlpsConfig, model_config: dict) -> AlpsConfig:
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: AlpsConfig, key: str) -> bool:
-        return key in peft_config.target_modules
+    def _check_target_module_exists(self, peft_config: AlpsConfig, key: str) -> bool:
+        return key in self._rows  # peft may have shortened target_modules to common endings
 
     def _create_and_replace(
         self,
@@ -112,6 +120,25 @@ class AlpsModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it was active, another one is, or none if it was the last."""
+        active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if active:
+            # peft lets every layer choose its next adapter, and layers hold different ones.
+            self.set_adapter(self.active_adapter or list(self.peft_config)[:1])
+
+    def _check_disjoint(self, adapter_names: list[str] | None) -> None:
+        # Before the first layer is merged, so that a refusal leaves nothing half merged.
+        for layer in self.model.modules():
+            if isinstance(layer, AlpsLayer):
+                layer.own(list(dict.fromkeys([*layer.merged_adapters, *(adapter_names or layer.active_adapters)])))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (by default the active ones) into the base's own weights; `unmerge_adapter` undoes it."""
+        self._check_disjoint(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -120,13 +147,23 @@ class AlpsModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         quantized = getattr(self.model, "hf_quantizer", None) is not None
+        if merge:
+            self._check_disjoint(adapter_names)
         if not (merge and quantized):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # A row in full precision cannot be put back among quantized ones: the whole model becomes a float model.
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, AlpsLayer)}
         adapters = adapter_names or self.active_adapters
         model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        replaced = {name: m.source_cls for name, m in model.named_modules() if hasattr(m, "source_cls")}
         model = model.dequantize()
+        for name, source in replaced.items():
+            linear = model.get_submodule(name)
+            linear.to(linear.weight.dtype)  # bitsandbytes leaves biases in the dtype that it multiplies in
+            if source is Conv1D:
+                model.set_submodule(name, _conv1d(linear))
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(model).pop(flag, None)
         for name, layer in layers.items():
             if any(adapter in layer.alps_rows for adapter in adapters):
                 layer.write_into(model.get_submodule(name), adapters)

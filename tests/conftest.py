@@ -1,0 +1,19 @@
+"""Settings for all tests: no network to the hub, no progress bars, caches of their own."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+
+from alps_repro.checkpoints import embedded_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of the embedded model; converted on the first use on a machine."""
+    return embedded_model()

@@ -1,0 +1,260 @@
+"""The command line: the library's words, its results, and one sentence where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tiny_models import tiny_checkpoint
+
+from alps_repro.cli import main
+from alps_repro.records import load_records
+from alps_repro.scores import HeadScores
+
+SMALL = [f"--set={setting}" for setting in ("max_steps=2", "batch_size=2", "micro_batch_size=2", "learning_rate=1e-3")]
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs `alps-repro` in this process, as its entry point does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str | Path) -> Ran:
+        self.monkeypatch.setattr(sys, "argv", ["alps-repro", *map(str, words)])
+        self.capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Ran(int(caught.value.code or 0), *self.capsys.readouterr())
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(folder / "base")
+    tiny_checkpoint(folder / "task", seed=1)
+    tiny_checkpoint(folder / "deep", num_hidden_layers=3)
+    shutil.copytree(folder / "task", folder / "cut")
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    (folder / "pickled").mkdir()
+    shutil.copy(folder / "base" / "config.json", folder / "pickled")
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder that holds a localization; made by the command itself, as a shell would call it."""
+    results = tmp_path_factory.mktemp("finished")
+    script = Path(sys.executable).with_name("alps-repro")
+    words = [str(script), "localize", str(models / "base"), str(models / "task"), f"--results={results}"]
+    done = subprocess.run([*words, "--ratio=0.25"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (results / "stdout").write_text(done.stdout)
+    return results
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_entry_point() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="alps-repro")
+    assert script.load() is main
+
+
+def test_localize_prints_the_top_heads_and_writes_scores_and_map(finished: Path) -> None:
+    lines = (finished / "stdout").read_text().splitlines()
+    paths = [Path(line) for line in lines if line.startswith(str(finished))]
+    assert [path.suffix for path in paths] == [".json", ".svg", ".png"]
+    assert all(path.stat().st_size > 500 for path in paths)
+    scores = HeadScores.load(paths[0])
+    rows = re.findall(r"│\s+(\d+)\s+│\s+(\d+)\s+│", "\n".join(lines))
+    printed = [(int(layer), int(head)) for layer, head in rows]
+    assert sorted(printed) == list(scores.top(0.25))
+    values = [scores.values[head] for head in printed]
+    assert values == sorted(values, reverse=True)
+    for value in values:
+        assert f"{value:.4g}" in "\n".join(lines)
+    assert "2 of 8 heads" in lines[0]
+
+
+def test_localize_says_the_librarys_words(shell: Shell, models: Path, tmp_path: Path) -> None:
+    settings = ["--metric=kl", "--head-matrix=concat", "--tau=0.5"]
+    ran = shell("localize", models / "base", models / "task", *settings, "--results", tmp_path)
+    assert ran.status == 0
+    (record,) = load_records(tmp_path / "records", "localize")
+    config = record.config
+    assert (config.metric, config.head_matrix, config.tau, config.ground) == ("kl", "concat", 0.5, "position")
+
+
+def test_finetune_evaluate_table(shell: Shell, models: Path, tmp_path: Path) -> None:
+    results = f"--results={tmp_path}"
+    words = ["finetune", models / "base", "chain_sum", "--method=random", "--scope=heads", *SMALL, results]
+    tuned = shell(*words)
+    assert tuned.status == 0
+    said, model = tuned.out.splitlines()
+    (record,) = load_records(tmp_path / "records", "finetune")
+    assert re.fullmatch(r"trained 768 of 19,616 parameters in \d+ s, loss \d\.\d{3} to \d\.\d{3}", said)
+    assert Path(model) == tmp_path / "models" / record.name
+    assert (Path(model) / "adapter_model.safetensors").is_file()
+    # YAML alone would read 1e-3 as text.
+    assert (record.config.recipe.learning_rate, record.config.recipe.max_steps) == (1e-3, 2)
+    assert (record.config.method, record.config.scope) == ("random", "heads")
+
+    asked = shell("evaluate", model, "chain_sum", "spell_backward", "--limit=4", results)
+    assert asked.status == 0
+    first, second, samples = asked.out.splitlines()
+    assert re.fullmatch(r"chain_sum: \d+\.\d\d %", first)
+    assert re.fullmatch(r"spell_backward: \d+\.\d\d %", second)
+    rows = [json.loads(line) for line in Path(samples).read_text().splitlines()]
+    assert {(row["task"], row["doc_id"]) for row in rows} == {
+        (task, i) for task in ("chain_sum", "spell_backward") for i in range(4)
+    }
+
+    made = shell("table", tmp_path)
+    assert made.status == 0
+    assert "| chain_sum" in made.out
+    assert (tmp_path / "tables" / "summary.md").read_text() in made.out
+    for suffix in ("csv", "md", "tex"):
+        assert str(tmp_path / "tables" / f"summary.{suffix}") in made.out.splitlines()
+
+    before = state(tmp_path)
+    assert shell(*words).out == tuned.out
+    assert shell("evaluate", model, "chain_sum", "spell_backward", "--limit=4", results).out == asked.out
+    assert shell("table", tmp_path).out == made.out
+    assert state(tmp_path) == before, "once is enough"
+
+
+def test_ratio_of_a_method_that_has_none_makes_no_other_run(shell: Shell, models: Path, tmp_path: Path) -> None:
+    """ALPS' own full run and one that was asked for by name are the same."""
+    results = f"--results={tmp_path}"
+    assert shell("finetune", models / "base", "chain_sum", "--method=full", *SMALL, results).status == 0
+    assert shell("finetune", models / "base", "chain_sum", "--method=alps", "--ratio=0.2", *SMALL, results).status == 0
+    methods = [record.config.method for record in load_records(tmp_path / "records", "finetune")]
+    assert sorted(methods) == ["alps", "full"]
+
+
+ERRORS = [
+    ("localize nowhere TASK", "no checkpoint 'nowhere'"),
+    ("localize BASE nowhere", "no checkpoint 'nowhere'"),
+    ("localize BASE BASE/config.json", "is a file: give the folder"),
+    ("localize BASE some/model", "the hub could not give it"),
+    ("localize BASE DEEP", "differ in layers 2 and 3"),
+    ("localize BASE CUT", "copy"),
+    ("localize BASE PICKLED", "pickled weights"),
+    ("localize BASE TASK --metric=padd", "no metric 'padd': did you mean 'pad'"),
+    ("localize BASE TASK --head-matrix=produkt", "did you mean 'product'"),
+    ("localize BASE TASK --ground=place", "no ground 'place'"),
+    ("localize BASE TASK --tau=0", "positive temperature"),
+    ("localize BASE TASK --ratio=0", "not in (0, 1]"),
+    ("localize BASE TASK --ratio=1.1", "not in (0, 1]"),
+    ("finetune nowhere chain_sum --method=random", "no checkpoint 'nowhere'"),
+    ("finetune BASE chain_sum --method=alpz", "no method 'alpz': did you mean 'alps'"),
+    ("finetune BASE chain_sum --method=random --ratio=0", "not in (0, 1]"),
+    ("finetune BASE chainsum --method=random", "no data set 'chainsum': did you mean 'chain_sum'"),
+    ("finetune BASE chain_sum --method=random --scope=head", "did you mean 'heads'"),
+    ("finetune BASE chain_sum --method=random --quantization=4bit", "use scope='heads'"),
+    ("finetune BASE chain_sum --method=random --quantization=3bit --scope=heads", "no quantization '3bit'"),
+    ("finetune BASE chain_sum --method=random --seed=-1", "'seed' is -1"),
+    ("finetune BASE chain_sum --method=random --set=max_steps", "not NAME=VALUE"),
+    ("finetune BASE chain_sum --method=random --set=max_step=2", "did you mean 'max_steps'"),
+    ("finetune BASE chain_sum --method=random --set=max_steps=many", "'max_steps' is 'many'"),
+    ("finetune BASE chain_sum --method=random --set=betas=[0.9", "is not YAML"),
+    ("finetune BASE chain_sum --method=random --set=batch_size=20", "not a multiple"),
+    ("finetune BASE chain_sum --task-model=nowhere", "no checkpoint 'nowhere'"),
+    ("finetune BASE chain_sum --metric=padd", "no metric 'padd'"),
+    ("evaluate nowhere chain_sum", "no checkpoint 'nowhere'"),
+    ("evaluate BASE chainsum", "no task 'chainsum': did you mean 'chain_sum'"),
+    ("evaluate BASE humaneval", "allow_code"),
+    ("evaluate BASE chain_sum --limit=0", "'limit' is 0"),
+    ("evaluate BASE chain_sum --template=alpacca", "'template' is 'alpacca'"),
+    ("evaluate BASE chain_sum --batch-size=0", "'batch_size' is 0"),
+    ("table nowhere", "is no results folder"),
+    ("reproduce quik", "no profile 'quik': did you mean 'quick'"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS, ids=[words for words, _ in ERRORS])
+def test_errors_are_one_line_and_touch_nothing(
+    shell: Shell, models: Path, finished: Path, tmp_path: Path, words: str, message: str
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "results")
+    named = [re.sub(r"^(BASE|TASK|DEEP|CUT|PICKLED)", lambda m: str(models / m[0].lower()), w) for w in words.split()]
+    results = [f"--results={folder}"] if words.split()[0] in ("localize", "finetune", "evaluate") else []
+    before = state(folder)
+    ran = shell(*named, *results)
+    assert ran.status == 2
+    assert ran.out == ""
+    # A progress bar may have begun before the error was found; it ends its own line.
+    *bars, line = ran.err.strip().splitlines()
+    assert line.startswith("alps-repro: ")
+    assert message in line
+    assert all("%|" in bar or "it/s" in bar or not bar for bar in bars)
+    assert "Traceback" not in ran.err
+    after = state(folder)
+    assert before.items() <= after.items()
+    # What may come is the record of the failure itself.
+    assert all(name.endswith(".failed.json") for name in set(after) - set(before))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["localize --nope", "localize BASE", "nope", "--nope", "finetune BASE chain_sum --ratio=much", "table a b"],
+)
+def test_usage_errors(shell: Shell, words: str) -> None:
+    ran = shell(*words.split())
+    assert ran.status == 2
+    assert ran.out == ""
+    assert ran.err.startswith("Usage: ")
+    assert "Traceback" not in ran.err
+
+
+def test_error_of_the_command_itself(models: Path, tmp_path: Path) -> None:
+    """In a process of its own, where libraries could say something of their own too."""
+    script = Path(sys.executable).with_name("alps-repro")
+    words = [str(script), "finetune", str(models / "base"), "chain_sum", "--quantization=4bit", "--method=random"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"alps-repro: [^\n]+use scope='heads'\.\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["", "localize", "finetune", "evaluate", "table", "reproduce", "doctor"])
+def test_help(shell: Shell, command: str) -> None:
+    ran = shell(*command.split(), "--help")
+    assert ran.status == 0
+    assert ran.err == ""
+    assert "Usage: " in ran.out
+
+
+def test_doctor_says_a_line_a_thing_and_no_secret(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    ran = shell("doctor")
+    assert ran.status in (0, 1)
+    lines = ran.out.splitlines()
+    assert all(re.match(r"(ok     |missing)  \S.*\.$", line) for line in lines)
+    for thing in ("Python", "ackages", "memory", "bitsandbytes", "disk", "smollm2-135m", "hub can", "hub token"):
+        assert sum(thing in line for line in lines) == 1, thing
+    assert "hf_secret" not in ran.out + ran.err
+    assert "A hub token is set." in ran.out

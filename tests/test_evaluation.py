@@ -1,0 +1,494 @@
+"""Evaluation: what is asked, how it is graded, what is left as it was; the paper's benchmarks on stand-in questions."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate as hf_evaluate
+import nltk
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+from tiny_models import tiny_checkpoint
+
+from alps_repro.checkpoints import load_model
+from alps_repro.data import OFFLINE, PROMPT, offline_splits
+from alps_repro.errors import UserError
+from alps_repro.evaluation import BENCHMARKS, OFFLINE_METRIC, OFFLINE_TASKS, Evaluation, _score, evaluate
+
+#: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
+try:
+    import langdetect  # noqa: F401
+
+    IFEVAL = True
+except ImportError:
+    IFEVAL = False
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Long enough for the benchmarks' prompts and for the 1280 tokens that ifeval asks for.
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Path) -> tuple[Any, Any]:
+    return load_model(tiny)
+
+
+# Offline tasks
+
+
+def test_offline_tasks_give_results_errors_and_samples(tiny: Path) -> None:
+    found = evaluate(tiny, list(OFFLINE), limit=5, progress=False)
+    assert found.scores.keys() == found.results.keys() == found.samples.keys() == set(OFFLINE)
+    for task in OFFLINE:
+        rows, metrics = found.samples[task], found.results[task]
+        questions = offline_splits(task)["test"][:5]
+        for name in ("strict-match", "flexible-extract"):
+            graded = [row for row in rows if row["filter"] == name]
+            assert [row["doc_id"] for row in graded] == list(range(5))
+            for row, question in zip(graded, questions, strict=True):
+                # The model is asked what it was trained on, and nothing else.
+                assert row["arguments"][0][0] == PROMPT.format(**question)
+                assert row["target"] == question["response"]
+                assert isinstance(row["resps"][0][0], str)
+                assert row["exact_match"] in (0.0, 1.0)
+            mean = np.mean([row["exact_match"] for row in graded])
+            assert metrics[f"exact_match,{name}"] == mean
+            assert metrics[f"exact_match_stderr,{name}"] == pytest.approx(math.sqrt(mean * (1 - mean) / 4))
+        assert found.scores[task] == metrics[OFFLINE_METRIC]
+        assert found.shots[task] == 0
+        assert found.versions[task] == 1.0
+        assert len(found.hashes[task]) == 64
+
+
+def test_standard_error_is_that_of_a_proportion(tiny: Path, tmp_path: Path) -> None:
+    """On graded answers that are not all alike: a model that always says the same is right now and then."""
+    model, tokenizer = load_model(tiny)
+    digit, end = tokenizer.convert_tokens_to_ids("5"), tokenizer.eos_token_id
+    # The last token alone decides: after a line break "5", after "5" the end.
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        model.model.embed_tokens.weight.zero_()
+        model.lm_head.weight.zero_()
+        for row, (token, answer) in enumerate([(tokenizer.convert_tokens_to_ids("\n"), digit), (digit, end)]):
+            model.model.embed_tokens.weight[token, row] = 1
+            model.lm_head.weight[answer, row] = 1
+    found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=200, progress=False)
+    right = np.mean([row["response"] == "5" for row in offline_splits("chain_sum")["test"][:200]])
+    assert 0 < right < 1
+    assert found.scores["chain_sum"] == pytest.approx(right)
+    expected = math.sqrt(right * (1 - right) / 199)
+    assert found.results["chain_sum"]["exact_match_stderr,flexible-extract"] == pytest.approx(expected)
+    assert {row["resps"][0][0] for row in found.samples["chain_sum"]} == {"5"}
+
+
+def test_limit(tiny: Path) -> None:
+    counts = [
+        len({row["doc_id"] for row in evaluate(tiny, ["chain_sum"], limit=n, progress=False).samples["chain_sum"]})
+        for n in (1, 7)
+    ]
+    assert counts == [1, 7]
+
+
+def test_same_model_same_result_whatever_the_batch(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+
+    def ask(batch_size: int) -> Evaluation:
+        return evaluate(
+            model,
+            ["family_relationships"],
+            tokenizer=tokenizer,
+            limit=12,
+            batch_size=batch_size,
+            progress=False,
+        )
+
+    first = ask(5)
+    assert ask(5) == first
+    # The questions differ in length, so other batches are padded otherwise.
+    for batch_size in (1, 12):
+        assert ask(batch_size) == first
+
+
+def test_another_model_is_not_given_the_old_answers(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    other, _ = load_model(tiny_checkpoint(tmp_path / "other", seed=1))
+
+    def answers(model: Any) -> list[Any]:
+        found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=8, progress=False)
+        return [row["resps"] for row in found.samples["chain_sum"]]
+
+    assert answers(model) != answers(other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("template", ["none", "alpaca"])
+def test_nothing_is_left_changed(loaded: tuple[Any, Any], training: bool, template: str) -> None:
+    model, tokenizer = loaded
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.padding_side = "right"
+    model.train(training)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=2, template=template, progress=False)
+        assert random.getstate() == before[0]
+        assert (np.random.get_state()[1] == before[1]).all()
+        assert torch.equal(torch.get_rng_state(), before[2])
+        assert model.training is training
+        assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+        assert tokenizer.padding_side == "right"
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    finally:
+        tokenizer.chat_template, tokenizer.padding_side = None, "left"
+        model.eval()
+
+
+def test_without_network_one_sentence_says_what_to_do(loaded: tuple[Any, Any]) -> None:
+    """And a failure leaves nothing changed either."""
+    model, tokenizer = loaded
+    model.train()
+    random.seed(6), torch.manual_seed(6)
+    before = random.getstate(), torch.get_rng_state()
+    message = "questions of gsm8k could not be had from the hub.*check the connection.*family_relationships"
+    try:
+        with pytest.raises(UserError, match=message) as caught:
+            evaluate(model, ["gsm8k"], tokenizer=tokenizer, limit=2, template="alpaca", progress=False)
+        assert "\n" not in str(caught.value)
+        assert random.getstate() == before[0]
+        assert torch.equal(torch.get_rng_state(), before[1])
+        assert model.training
+        assert tokenizer.chat_template is None
+    finally:
+        model.eval()
+
+
+# Grading
+
+
+@pytest.fixture(scope="module")
+def offline_tasks() -> dict[str, Any]:
+    manager = TaskManager(include_path=str(OFFLINE_TASKS), include_defaults=False)
+    return manager.load(list(OFFLINE))["tasks"]
+
+
+def grades(task: Any, right: str, answer: str) -> dict[str, bool]:
+    """How lm-eval grades an answer, by filter."""
+    doc, out = {"instruction": "?", "response": right, "prompt": "?"}, {}
+    for filters in task._filters:
+        instance = Instance("generate_until", doc, ("?", {}), 0, metadata=(task.config.task, 0, 1))
+        instance.resps = [answer]
+        filters.apply([instance])
+        graded = task.process_results(doc, [instance.filtered_resps[filters.name]])
+        out[filters.name.split("-")[0]] = bool(graded["exact_match"])
+    return out
+
+
+@pytest.mark.parametrize(
+    ("task", "right", "answer", "strict", "flexible"),
+    [
+        ("chain_sum", "12", "12", True, True),
+        ("chain_sum", "12", " 12", True, True),
+        ("chain_sum", "12", "12 ", True, True),
+        ("chain_sum", "12", "The answer is 12.", False, True),
+        ("chain_sum", "12", "5 + 7 = 12", False, True),
+        ("chain_sum", "12", "12 = 5 + 7", False, False),
+        ("chain_sum", "12", "-12", False, False),
+        ("chain_sum", "-12", "-12", True, True),
+        ("chain_sum", "-12", "12", False, False),
+        ("chain_sum", "-12", "The answer is -12.", False, True),
+        ("chain_sum", "12", "112", False, False),
+        ("chain_sum", "12", "", False, False),
+        ("chain_sum", "12", "twelve", False, False),
+        ("family_relationships", "mother", "mother", True, True),
+        ("family_relationships", "mother", "Mother", True, True),
+        ("family_relationships", "mother", "Luna is the mother of Edward.", False, True),
+        ("family_relationships", "mother", "mother-in-law", False, False),
+        ("family_relationships", "mother-in-law", "mother-in-law", True, True),
+        ("family_relationships", "mother-in-law", "She is his mother-in-law.", False, True),
+        ("family_relationships", "mother-in-law", "mother", False, False),
+        ("family_relationships", "mother", "grandmother", False, False),
+        ("family_relationships", "grandmother", "mother", False, False),
+        ("family_relationships", "grandmother", "a grandmother", False, True),
+        ("family_relationships", "mother", "stepmother", False, False),
+        ("family_relationships", "son", "person", False, False),
+        ("family_relationships", "son", "not the father but the son", False, True),
+        ("family_relationships", "son", "", False, False),
+        ("spell_backward", "drib", "drib", True, True),
+        ("spell_backward", "drib", "Drib", True, True),
+        ("spell_backward", "drib", "bird spelled backward is drib.", False, True),
+        ("spell_backward", "drib", "drib is bird spelled backward", False, False),
+        ("spell_backward", "drib", "bird", False, False),
+        ("spell_backward", "drib", "dribs", False, False),
+        ("spell_backward", "drib", "", False, False),
+    ],
+)
+def test_grades(
+    offline_tasks: dict[str, Any], task: str, right: str, answer: str, strict: bool, flexible: bool
+) -> None:
+    assert grades(offline_tasks[task], right, answer) == {"strict": strict, "flexible": flexible}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_right_answer_is_right(offline_tasks: dict[str, Any], name: str) -> None:
+    """Also where the data set has an answer that the flexible pattern was not written for."""
+    rows = [row for split in offline_splits(name, train_size=200).values() for row in split]
+    # Case does not count, so answers that differ by it alone are one.
+    answers = sorted({row["response"].casefold(): row["response"] for row in rows}.values())
+    task = offline_tasks[name]
+    for right, wrong in zip(answers, [answers[-1], *answers], strict=False):
+        assert grades(task, right, right) == {"strict": True, "flexible": True}
+        assert grades(task, right, f"The answer is {right}.") == {"strict": False, "flexible": True}
+        assert grades(task, right, wrong) == {"strict": False, "flexible": False}
+
+
+# The paper's benchmarks
+
+
+SUBJECT_ROWS = 6
+SHORT = [{"question": f"Add {i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(12)]
+MATH = [{"problem": "What is $1 + 1$?", "solution": "It is $\\boxed{2}$."}]
+CHOICES = [
+    {
+        "question": f"Which is number {i}?",
+        "choices": {"text": ["one", "two", "three", "four"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[i % 4],
+    }
+    for i in range(3)
+]
+PROGRAM = {
+    "prompt": "def add(a, b):\n",
+    "entry_point": "add",
+    "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
+    "text": "Write a function that adds.",
+    "code": "def add(a, b):\n    return a + b",
+    "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(2, 2) == 4"],
+}
+
+
+def stand_in(path: str, name: str | None = None, **settings: Any) -> DatasetDict:
+    """What the hub would give under these names, cut down to a few rows of the same columns."""
+    if path == "cais/mmlu":
+        # One subject has more questions than the others, so that the two averages differ.
+        count = SUBJECT_ROWS if name == "abstract_algebra" else 1
+        rows = [
+            {"question": f"About {name}, {i}?", "choices": ["a", "b", "c", "d"], "answer": (i + len(name)) % 4}
+            for i in range(max(count, 5))
+        ]
+        return DatasetDict(test=Dataset.from_list(rows[:count]), dev=Dataset.from_list(rows[:5]))
+    splits = {
+        "openai/gsm8k": {"train": SHORT, "test": SHORT[:2]},
+        "EleutherAI/hendrycks_math": {"train": MATH, "test": MATH},
+        "allenai/ai2_arc": {"train": CHOICES, "validation": CHOICES, "test": CHOICES},
+        "Idavidrein/gpqa": {
+            "train": [
+                {
+                    "Question": "Which is a gas?",
+                    "Correct Answer": "neon",
+                    **{f"Incorrect Answer {i}": word for i, word in enumerate(["iron", "gold", "salt"], 1)},
+                }
+            ]
+        },
+        "google/IFEval": {
+            "train": [
+                {
+                    "key": i,
+                    "prompt": "Write no comma, and end with the word so.",
+                    "instruction_id_list": ["punctuation:no_comma", "startend:end_checker"],
+                    "kwargs": [{"end_phrase": None}, {"end_phrase": "so"}],
+                }
+                for i in range(2)
+            ]
+        },
+        "openai/openai_humaneval": {"test": [PROGRAM]},
+        "evalplus/humanevalplus": {"test": [PROGRAM]},
+        "google-research-datasets/mbpp": {"test": [PROGRAM]},
+        "evalplus/mbppplus": {"test": [PROGRAM]},
+    }[path]
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
+
+
+class CodeEval:
+    """Stands for the hub's `code_eval` metric: the same answer shape, and no code is run."""
+
+    def compute(
+        self, references: list[str], predictions: list[list[str]], k: list[int]
+    ) -> tuple[dict[str, float], dict]:
+        assert k == [1]
+        assert len(references) == len(predictions)
+        return {"pass@1": 1.0}, {}
+
+
+@contextmanager
+def hub() -> Iterator[None]:
+    """A hub that is not there answers with stand-ins; everything from lm-eval's task files on is the real thing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset", stand_in)
+        patch.setattr(nltk, "download", lambda name: False)
+        patch.setattr(hf_evaluate, "load", lambda name: {"code_eval": CodeEval()}[name])
+        yield
+
+
+ASKED = [task for task in BENCHMARKS if IFEVAL or task != "ifeval"]
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tiny: Path) -> Evaluation:
+    with hub():
+        return evaluate(tiny, ASKED, limit=SUBJECT_ROWS, allow_code=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def wrapped(tiny: Path) -> Evaluation:
+    tasks = ["gsm8k", "mmlu", "arc_challenge", "chain_sum"]
+    with hub():
+        return evaluate(tiny, tasks, limit=1, template="alpaca", progress=False)
+
+
+def test_the_papers_ten() -> None:
+    assert len(BENCHMARKS) == 10
+    assert {task: benchmark.shots for task, benchmark in BENCHMARKS.items() if benchmark.shots} == {
+        "gsm8k": 8,
+        "mmlu": 5,
+    }
+    assert {task for task, benchmark in BENCHMARKS.items() if benchmark.runs_code} == {
+        *["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"]
+    }
+
+
+def test_benchmarks_are_lm_evals_and_offline_tasks_are_not() -> None:
+    """A name that both have would be taken from lm-eval or from here by chance."""
+    manager = TaskManager(include_defaults=True)
+    assert set(BENCHMARKS) <= set(manager.all_tasks)
+    assert not set(OFFLINE) & set(manager.all_tasks)
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_benchmark_gives_the_metrics_it_is_read_by(task: str, request: pytest.FixtureRequest) -> None:
+    if task not in ASKED:
+        pytest.skip("ifeval needs the extra 'benchmarks'")
+    found = request.getfixturevalue("benchmarks")
+    benchmark = BENCHMARKS[task]
+    assert set(benchmark.metrics) <= set(found.results[task])
+    assert 0 <= found.scores[task] <= 1
+    if benchmark.runs_code:
+        assert found.scores[task] == 1.0
+    elif not benchmark.macro:
+        assert found.scores[task] == np.mean([found.results[task][name] for name in benchmark.metrics])
+
+
+@pytest.mark.parametrize(
+    "task", ["gsm8k", "mmlu_anatomy", "arc_challenge", "mbpp", "mbpp_plus", "hendrycks_math_algebra"]
+)
+def test_shots_are_the_papers(benchmarks: Evaluation, task: str) -> None:
+    """Counted in the prompts, since lm-eval's task files say other numbers and some win over the argument."""
+    prompt = benchmarks.samples[task][0]["arguments"][0][0]
+    shots = {"gsm8k": 8, "mmlu_anatomy": 5}.get(task, 0)
+    assert benchmarks.shots[task] == shots
+    if "mbpp" in task:
+        assert prompt.count("[BEGIN]") == 1
+        assert "[DONE]" not in prompt
+    else:
+        assert prompt.count("Answer:") == shots + 1
+
+
+def test_mmlu_is_the_mean_over_subjects(benchmarks: Evaluation) -> None:
+    subjects = {task: rows for task, rows in benchmarks.samples.items() if task.startswith("mmlu_")}
+    assert len(subjects) == 57
+    assert len(subjects["mmlu_abstract_algebra"]) == SUBJECT_ROWS
+    accuracies = [np.mean([row["acc"] for row in rows]) for rows in subjects.values()]
+    assert benchmarks.scores["mmlu"] == pytest.approx(np.mean(accuracies))
+    questions = [row["acc"] for rows in subjects.values() for row in rows]
+    assert benchmarks.results["mmlu"]["acc,none"] == pytest.approx(np.mean(questions)), "lm-eval's own is the other one"
+    assert np.mean(accuracies) != np.mean(questions)
+
+
+def test_macro_average_by_hand() -> None:
+    """Groups within groups, subjects of unequal size."""
+    groups = {"mmlu": ["mmlu_stem", "mmlu_humanities"], "mmlu_stem": ["a", "b"], "mmlu_humanities": ["c"]}
+    results = {task: {"acc,none": value} for task, value in {"a": 0.2, "b": 0.4, "c": 0.9, "mmlu": 0.77}.items()}
+    assert _score("mmlu", results, groups) == pytest.approx(0.5)
+
+
+def test_ifeval_is_the_mean_of_four() -> None:
+    accuracies = dict(zip(BENCHMARKS["ifeval"].metrics, (0.1, 0.2, 0.3, 0.8), strict=True))
+    assert set(accuracies) == {
+        f"{level}_level_{kind}_acc,none" for level in ("prompt", "inst") for kind in ("strict", "loose")
+    }
+    row = {**accuracies, "prompt_level_strict_acc_stderr,none": 0.5}
+    assert _score("ifeval", {"ifeval": row}, {}) == pytest.approx(0.35)
+
+
+def test_hash_is_of_the_questions_asked(benchmarks: Evaluation, wrapped: Evaluation) -> None:
+    assert set(benchmarks.hashes) == set(benchmarks.samples)
+    assert len(set(benchmarks.hashes.values())) > 60, "each task its own"
+    assert wrapped.hashes["arc_challenge"] != benchmarks.hashes["arc_challenge"], "another prompt, another hash"
+
+
+# The template
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "mmlu_anatomy", "arc_challenge"])
+def test_template_wraps_everything_that_lm_eval_asks(benchmarks: Evaluation, wrapped: Evaluation, task: str) -> None:
+    """Description and examples included, to the last line break of the prompt that models were tuned on."""
+    plain, asked = (found.samples[task][0]["arguments"] for found in (benchmarks, wrapped))
+    assert len(plain) == len(asked)
+    for (prompt, answer), (wrapped_prompt, wrapped_answer) in zip(plain, asked, strict=True):
+        assert wrapped_prompt == PROMPT.format(instruction=prompt)
+        if isinstance(answer, str):
+            # The space before a choice belongs to running text; after the template's line break there is none.
+            assert wrapped_answer == answer.removeprefix(" ")
+
+
+def test_template_is_not_put_around_itself(wrapped: Evaluation) -> None:
+    question = offline_splits("chain_sum")["test"][0]
+    assert wrapped.samples["chain_sum"][0]["arguments"][0][0] == PROMPT.format(**question)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("task", [task for task, benchmark in BENCHMARKS.items() if benchmark.runs_code])
+def test_code_is_not_run_unasked(loaded: tuple[Any, Any], task: str) -> None:
+    model, tokenizer = loaded
+    with pytest.raises(UserError, match=rf"'{task}' runs code.*allow_code=True") as caught:
+        evaluate(model, ["chain_sum", task], tokenizer=tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_package_is_named(loaded: tuple[Any, Any]) -> None:
+    if IFEVAL:
+        pytest.skip("the extra 'benchmarks' is installed")
+    model, tokenizer = loaded
+    with pytest.raises(UserError, match=r"ifeval need the package 'langdetect'.*benchmarks"):
+        evaluate(model, ["ifeval"], tokenizer=tokenizer, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings", "message"),
+    [
+        (["chainsum"], {}, "no task 'chainsum': did you mean 'chain_sum'"),
+        (["gsm8k_8shot"], {}, "did you mean 'gsm8k'"),
+        ("chain_sum", {}, "a list of task names"),
+        ([], {}, "a list of task names"),
+        (["chain_sum"], {"template": "alpacca"}, "no template 'alpacca': did you mean 'alpaca'"),
+        (["chain_sum"], {"tokenizer": None}, "needs its tokenizer"),
+    ],
+)
+def test_refused(loaded: tuple[Any, Any], tasks: Any, settings: dict[str, Any], message: str) -> None:
+    model, tokenizer = loaded
+    with pytest.raises(UserError, match=message):
+        evaluate(model, tasks, **{"tokenizer": tokenizer, **settings})

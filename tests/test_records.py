@@ -1,0 +1,396 @@
+"""Records: one a run, complete, found again, never half-written; what is done is not done twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from safetensors.torch import load_file
+from tiny_models import tiny_checkpoint
+
+from alps_repro import records
+from alps_repro.checkpoints import model_hash
+from alps_repro.data import data_hash, training_examples
+from alps_repro.errors import UserError
+from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Recipe
+from alps_repro.records import load_record, load_records, record_path, write_whole
+from alps_repro.runs import evaluate_run, finetune_run, localize_run
+from alps_repro.scores import HeadScores
+
+SCHEMA = Path(records.__file__).with_name("record.schema.json")
+RECIPE = Recipe(max_steps=2, batch_size=2, micro_batch_size=2, learning_rate=1e-3)
+
+
+@dataclass
+class Chain:
+    """A localization, an ALPS run in scope `heads` and its evaluation, in one results folder."""
+
+    folder: Path
+    base: Path
+    localization: LocalizeConfig
+    finetuning: FinetuneConfig
+    evaluation: EvaluateConfig
+
+    @property
+    def path(self) -> dict[str, Path]:
+        configs = {"localize": self.localization, "finetune": self.finetuning, "evaluate": self.evaluation}
+        return {kind: record_path(self.folder / "records", kind, config.name) for kind, config in configs.items()}
+
+    def run(self) -> Any:
+        return evaluate_run(self.evaluation, self.folder, progress=False)
+
+
+def make(folder: Path) -> Chain:
+    base, task = tiny_checkpoint(folder / "base"), tiny_checkpoint(folder / "task", seed=1)
+    localization = LocalizeConfig(base=str(base), task_model=str(task))
+    finetuning = FinetuneConfig(
+        base=str(base),
+        dataset="chain_sum",
+        method="alps",
+        ratio=0.25,
+        scope="heads",
+        localization=localization,
+        recipe=RECIPE,
+    )
+    evaluation = EvaluateConfig(model=finetuning, tasks=("chain_sum",), limit=3)
+    return Chain(folder / "results", base, localization, finetuning, evaluation)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    chain = make(tmp_path_factory.mktemp("chain"))
+    chain.run()
+    return chain
+
+
+@pytest.fixture
+def own(done: Chain, tmp_path: Path) -> Chain:
+    """A copy of the finished chain to break; configurations name the same models."""
+    shutil.copytree(done.folder, tmp_path / "results")
+    return Chain(tmp_path / "results", done.base, done.localization, done.finetuning, done.evaluation)
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder, with its time and content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# The schema
+
+
+def test_schema_file_is_the_schema() -> None:
+    """On a difference: the schema changed, so write the file anew, and raise SCHEMA_VERSION if records do not fit."""
+    assert SCHEMA.read_text() == json.dumps(records.schema(), indent=1, sort_keys=True) + "\n"
+
+
+@pytest.fixture(scope="module")
+def validator() -> jsonschema.Draft202012Validator:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("kind", ["localize", "finetune", "evaluate"])
+def test_real_records_fit_the_schema(done: Chain, kind: str, validator: jsonschema.Draft202012Validator) -> None:
+    stored = json.loads(done.path[kind].read_text())
+    validator.validate(stored)
+    assert stored["kind"] == kind
+    for name in stored:
+        assert not validator.is_valid({**stored, name: object}), f"'{name}' is not looked at"
+    for name in ("config", "provenance", "cost"):
+        assert not validator.is_valid({**stored, name: {**stored[name], "new": 1}})
+    assert not validator.is_valid({**stored, "new": 1})
+    assert not validator.is_valid({**stored, "schema_version": records.SCHEMA_VERSION + 1})
+
+
+# What a record says
+
+
+@pytest.mark.parametrize("kind", ["localize", "finetune", "evaluate"])
+def test_provenance(done: Chain, kind: str) -> None:
+    record = load_record(done.path[kind])
+    assert record.status == "completed"
+    assert record.error is None
+    found = record.provenance
+    checkout = Path(records.__file__).parents[1]
+    if (checkout / ".git").exists():
+        head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
+        assert found.commit == head.stdout.strip()
+        assert isinstance(found.dirty, bool)
+    else:
+        assert found.commit is None
+        assert found.dirty is None
+    for package in ("alps-repro", "torch", "transformers", "peft", "lm-eval", "datasets", "reasoning-gym"):
+        assert found.versions[package] == metadata.version(package)
+    assert found.python == ".".join(map(str, sys.version_info[:3]))
+    assert found.threads >= 1
+    assert found.processor
+    assert found.system
+    assert found.model_sha256
+    assert 0 < record.cost.seconds < 1000
+    assert record.cost.peak_memory_bytes > 50e6
+    assert datetime.fromisoformat(record.finished).tzinfo == UTC
+
+
+def test_records_hold_everything_asked(done: Chain) -> None:
+    for kind, config in (
+        ("localize", done.localization),
+        ("finetune", done.finetuning),
+        ("evaluate", done.evaluation),
+    ):
+        record = load_record(done.path[kind])
+        assert record.config == config
+        # Written out whole: defaults of a later version must not change what an old record says.
+        assert json.loads(done.path[kind].read_text())["config"] == config.dump()
+
+
+def test_hashes_and_counts_are_those_of_the_files(done: Chain) -> None:
+    tuned = done.folder / "models" / done.finetuning.name
+    finetuned, evaluated = load_record(done.path["finetune"]), load_record(done.path["evaluate"])
+    localized = load_record(done.path["localize"])
+    base, task = model_hash(done.base), model_hash(Path(done.localization.task_model))
+    assert base != task
+    assert localized.provenance.model_sha256 == {"base": base, "task": task}
+    assert finetuned.provenance.model_sha256 == {"base": base, "tuned": model_hash(tuned)}
+    assert evaluated.provenance.model_sha256 == {"base": base, "evaluated": model_hash(tuned)}
+    seen = data_hash(training_examples("chain_sum", size=4, seed=0))
+    assert finetuned.provenance.data_sha256 == {"chain_sum": seen}
+    assert re.fullmatch("[0-9a-f]{64}", evaluated.provenance.data_sha256["chain_sum"])
+
+    trained = sum(value.numel() for value in load_file(tuned / "adapter_model.safetensors").values())
+    total = sum(value.numel() for value in load_file(done.base / "model.safetensors").values())
+    for record in (finetuned, evaluated):
+        assert record.cost.trained_parameters == trained
+        assert record.cost.total_parameters == total
+    assert len(finetuned.result["losses"]) == RECIPE.max_steps
+    scores = HeadScores.load(done.folder / "scores" / localized.result["scores"])
+    assert [tuple(head) for head in finetuned.result["heads"]] == list(scores.top(0.25))
+    assert scores.values.tolist() == localized.result["values"]
+    samples = (done.folder / "samples" / evaluated.result["samples"]).read_text().splitlines()
+    assert {json.loads(line)["doc_id"] for line in samples} == {0, 1, 2}
+    assert evaluated.result["questions"] == {"chain_sum": 3}
+
+
+def test_headline_metrics_are_named(done: Chain) -> None:
+    result = load_record(done.path["evaluate"]).result
+    values = [result["metrics"]["chain_sum"][name] for name in result["headline_metric"]["chain_sum"]]
+    assert result["scores"]["chain_sum"] == sum(values) / len(values)
+
+
+# Once is enough
+
+
+def test_run_again_does_nothing(done: Chain) -> None:
+    before = state(done.folder)
+    record, model = finetune_run(done.finetuning, done.folder, progress=False)
+    assert record == load_record(done.path["finetune"])
+    assert model == done.folder / "models" / done.finetuning.name
+    scores, _ = localize_run(done.localization, done.folder, progress=False)
+    assert scores.metric == "pad"
+    done.run()
+    assert state(done.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "made"),
+    [
+        ("models", ["finetune"]),
+        ("scores", ["localize"]),
+        ("samples", ["evaluate"]),
+    ],
+)
+def test_what_is_lost_is_made_again(own: Chain, lost: str, made: list[str]) -> None:
+    """And the same comes out of it: the run is a function of its configuration."""
+    before = state(own.folder)
+    shutil.rmtree(own.folder / lost)
+    if lost == "scores":
+        localize_run(own.localization, own.folder, progress=False)
+    elif lost == "models":
+        finetune_run(own.finetuning, own.folder, progress=False)
+    else:
+        own.run()
+    after = state(own.folder)
+    assert after.keys() == before.keys()
+    rewritten = {name for name in after if after[name][0] != before[name][0]}
+    assert {name.split("/")[1].split("-")[0] for name in rewritten if name.startswith("records/")} == set(made)
+    for name in after:
+        if not name.startswith("records/"):
+            assert after[name][1] == before[name][1], f"{name} came out otherwise"
+
+
+def test_another_question_is_another_run(own: Chain) -> None:
+    other = own.evaluation.model_copy(update={"limit": 2})
+    before = state(own.folder)
+    evaluate_run(other, own.folder, progress=False)
+    after = state(own.folder)
+    assert before.items() <= after.items(), "the finetuning and the first evaluation stay as they are"
+    assert len(after) == len(before) + 2
+
+
+def test_model_without_record_is_not_taken_for_the_run(own: Chain) -> None:
+    """Somebody else's folder of the same name, or the rest of a failure."""
+    own.path["finetune"].unlink()
+    before = state(own.folder / "models")
+    with pytest.raises(UserError, match="has no record that says how it was made"):
+        finetune_run(own.finetuning, own.folder, progress=False)
+    assert state(own.folder / "models") == before
+
+
+# Failures
+
+
+@pytest.fixture
+def breakable(tmp_path: Path) -> Chain:
+    """A finished finetuning whose base can be damaged."""
+    chain = make(tmp_path)
+    finetune_run(chain.finetuning, chain.folder, progress=False)
+    return chain
+
+
+def test_failure_is_recorded_and_replaces_nothing(breakable: Chain, validator: jsonschema.Draft202012Validator) -> None:
+    chain = breakable
+    completed = chain.path["finetune"]
+    failed = completed.with_suffix(".failed.json")
+    shutil.rmtree(chain.folder / "models")
+    weights = (chain.base / "model.safetensors").read_bytes()
+    (chain.base / "model.safetensors").write_bytes(weights[:1000])
+    before = state(chain.folder)
+
+    with pytest.raises(UserError) as caught:
+        finetune_run(chain.finetuning, chain.folder, progress=False)
+    after = state(chain.folder)
+    assert before.items() <= after.items()
+    assert set(after) - set(before) == {f"records/{failed.name}"}
+    stored = json.loads(failed.read_text())
+    validator.validate(stored)
+    assert stored["status"] == "failed"
+    assert stored["result"] == {}
+    assert stored["error"] == str(caught.value)
+    assert stored["config"] == chain.finetuning.dump()
+    # A table made now is made of what did come out.
+    assert [record.status for record in load_records(chain.folder / "records")] == ["completed", "completed"]
+
+    (chain.base / "model.safetensors").write_bytes(weights)
+    finetune_run(chain.finetuning, chain.folder, progress=False)
+    assert not failed.exists(), "a failure that has been mended is no longer reported"
+    assert load_record(completed).result == load_record(completed).result
+
+
+def stop(folder: Path, error: BaseException) -> None:
+    with records.recorded(folder, LocalizeConfig(base="m", task_model="t")) as outcome:
+        outcome.result = {"half": True}
+        raise error
+
+
+def test_interruption_is_recorded(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stop(tmp_path, KeyboardInterrupt())
+    (path,) = tmp_path.iterdir()
+    record = load_record(path)
+    assert path.name.endswith(".failed.json")
+    assert (record.status, record.result, record.error) == ("failed", {}, "KeyboardInterrupt")
+
+
+def test_error_of_many_lines_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        stop(tmp_path, RuntimeError("\nfirst line\nsecond line\n"))
+    (path,) = tmp_path.iterdir()
+    assert load_record(path).error == "first line"
+
+
+# Files
+
+
+def test_write_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_whole(path, "one")
+    write_whole(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("place", ["file/a.json", "missing/a.json", "folder"])
+def test_write_where_nothing_can_be_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    before = state(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be written \(.+\): make room or choose another folder"):
+        write_whole(tmp_path / place, "text")
+    assert state(tmp_path) == before
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    """A limit on file size stands for the full disk: the write fails half-way."""
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    code = (
+        "import resource, sys; from pathlib import Path; from alps_repro.errors import UserError\n"
+        "from alps_repro.records import write_whole\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n    write_whole(Path(sys.argv[1]), 'x' * 100_000)\n"
+        "except UserError as error:\n    print(error)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert shown.stdout.count("\n") == 1
+    assert "a.json' cannot be written (File too large)" in shown.stdout
+    assert state(tmp_path).keys() == {"a.json"}
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "cannot be read"),
+        (lambda text: "", "cannot be read"),
+        (lambda text: "[]", "has schema version None"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 0'), "has schema version 0.*reads 1"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 2'), "has schema version 2.*reads 1"),
+        (lambda text: text.replace('"kind": "finetune"', '"kind": "train"'), "does not fit its schema.*kind"),
+        (lambda text: text.replace('"method": "alps"', '"method": "alpz"'), "does not fit its schema.*alpz"),
+        (lambda text: text.replace('"cost"', '"costs"'), "does not fit its schema"),
+    ],
+)
+def test_unreadable_record_is_refused_in_one_sentence(own: Chain, change: Any, message: str) -> None:
+    path = own.path["finetune"]
+    path.write_text(change(path.read_text()))
+    before = state(own.folder)
+    for read in (
+        lambda: load_record(path),
+        lambda: load_records(own.folder / "records"),
+        # It may be somebody's result: it is not overwritten by running again.
+        lambda: finetune_run(own.finetuning, own.folder, progress=False),
+    ):
+        with pytest.raises(UserError, match=f"(?s){message}.*remove it and run again") as caught:
+            read()
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert state(own.folder) == before
+
+
+def test_load_records_takes_the_kind_asked_for(done: Chain) -> None:
+    folder = done.folder / "records"
+    assert [record.kind for record in load_records(folder)] == ["evaluate", "finetune", "localize"]
+    for kind in ("evaluate", "finetune", "localize"):
+        assert [record.kind for record in load_records(folder, kind)] == [kind]
+    assert load_records(folder / "nowhere") == []
+
+
+def test_saved_record_reads_back_the_same(done: Chain, tmp_path: Path) -> None:
+    record = load_record(done.path["evaluate"])
+    again = copy.deepcopy(record)
+    assert again.save(tmp_path).read_bytes() == done.path["evaluate"].read_bytes()
