@@ -222,16 +222,17 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
+    if dtype is None and gpu and quantization != "none":
+        dtype = torch.bfloat16
     kwargs: dict[str, Any] = {"dtype": dtype or ("auto" if gpu else torch.float32)}
     if gpu:
         kwargs["device_map"] = {"": torch.cuda.current_device()}
     if quantization == "8bit":
         kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "4bit":
+        # Multiplying in the dtype of the rest keeps a start from, and a merge into, these weights exact.
         kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
         )
     load_config(folder)
     try:
@@ -255,6 +256,8 @@ def load_model(
             f"'{name}' lacks {len(missing)} of the tensors that its config.json calls for, or has them in another "
             f"shape (the first is '{missing[0]}'): the checkpoint is not complete; copy it again."
         )
+    if quantization != "none" and not any(hasattr(m, "source_cls") for m in model.modules()):
+        raise UserError(f"bitsandbytes finds nothing to quantize in '{name}' ({model.config.model_type}): use 'none'.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules():

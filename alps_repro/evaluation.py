@@ -121,8 +121,8 @@ def check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
             raise UserError(f"There is no task '{task}': {nearest(task, known)}")
         if task in BENCHMARKS and BENCHMARKS[task].runs_code and not allow_code:
             raise UserError(
-                f"The task '{task}' runs code that the model wrote, in this process: say allow_code=True if this "
-                "machine may run it."
+                f"The task '{task}' runs code that the model wrote: say allow_code=True if this machine may run it, "
+                "within a sandbox."
             )
 
 
@@ -145,7 +145,8 @@ def evaluate(
     limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
     template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
         tuned on. Offline tasks carry that template already and are never wrapped.
-    allow_code: run code that the model wrote, in this process (HumanEval, MBPP).
+    allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
+        in this process, only generates it.
 
     Raises:
         UserError: a task is unknown, needs the network where there is none, or runs code without leave.

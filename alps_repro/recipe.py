@@ -21,7 +21,7 @@ from alps_repro.data import DATASETS
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.evaluation import check_tasks
 from alps_repro.methods import METHODS, SCOPES
-from alps_repro.scores import _check
+from alps_repro.scores import check_metric
 
 
 class Settings(BaseModel):
@@ -147,7 +147,7 @@ class LocalizeConfig(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         # Now rather than when the task model has been made.
-        _check(self.metric, self.head_matrix, self.tau, self.ground)
+        check_metric(self.metric, self.head_matrix, self.tau, self.ground)
         return self
 
     @property

@@ -116,24 +116,24 @@ def _wasserstein(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     return _pad(base, task, tau) * (len(base) - 1)
 
 
-def _kl_divergence(p: torch.Tensor, log_p: torch.Tensor, log_q: torch.Tensor) -> float:
-    # p (d - 1) + q with d = log(p / q), written so that nothing cancels: each term is >= 0 and of second order.
+def _kl_divergence(p: torch.Tensor, q: torch.Tensor, d: torch.Tensor) -> float:
+    # p d + q - p with d = log(p / q), written so that nothing cancels where p and q are close (each term is >= 0 and
+    # of second order), and nothing overflows where they are not.
     import torch
 
-    d = log_p - log_q
-    return float((p * (d + torch.expm1(-d))).sum())
+    return float(torch.where(d < -1, p * d + (q - p), p * (d + torch.expm1(-d))).sum())
 
 
 def _kl(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     """D(P_B || P_T), as the paper's appendix E writes it; exact, in nats."""
     log_b, log_t = _log_softmax(base, tau), _log_softmax(task, tau)
-    return _kl_divergence(log_b.exp(), log_b, log_t)
+    return _kl_divergence(log_b.exp(), log_t.exp(), log_b - log_t)
 
 
 def _kl_released(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     """D(P_T || P_B) with 1e-8 added to every entry, as the released code computes it."""
     p_b, p_t = _softmax(base, tau) + 1e-8, _softmax(task, tau) + 1e-8
-    return _kl_divergence(p_t, p_t.log(), p_b.log())
+    return _kl_divergence(p_t, p_b, p_t.log() - p_b.log())
 
 
 def _js(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
@@ -141,8 +141,12 @@ def _js(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     import torch
 
     log_b, log_t = _log_softmax(base, tau), _log_softmax(task, tau)
-    log_m = torch.logaddexp(log_b, log_t) - math.log(2)
-    return 0.5 * (_kl_divergence(log_b.exp(), log_b, log_m) + _kl_divergence(log_t.exp(), log_t, log_m))
+    p_b, p_t, zero = log_b.exp(), log_t.exp(), torch.zeros(1, dtype=log_b.dtype)
+    mean = (p_b + p_t) / 2
+    # log(p / mean) = log 2 - log(1 + q / p)
+    d_b = math.log(2) - torch.logaddexp(zero, log_t - log_b)
+    d_t = math.log(2) - torch.logaddexp(zero, log_b - log_t)
+    return 0.5 * (_kl_divergence(p_b, mean, d_b) + _kl_divergence(p_t, mean, d_t))
 
 
 def _cosine(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
@@ -273,7 +277,7 @@ class HeadScores:
         return figure
 
 
-def _check(metric: str, head_matrix: str, tau: float, ground: str) -> Metric:
+def check_metric(metric: str, head_matrix: str, tau: float, ground: str) -> Metric:
     one_of("metric", metric, METRICS)
     one_of("head matrix", head_matrix, HEAD_MATRICES)
     one_of("ground", ground, GROUNDS)
@@ -321,7 +325,7 @@ def localize(
     import torch
     from tqdm.auto import tqdm
 
-    distance = _check(metric, head_matrix, tau, ground)
+    distance = check_metric(metric, head_matrix, tau, ground)
     # Each thread reads and scores layers of its own, computing alone: a head is too small to be worth splitting. Few
     # threads, so that few layers are in memory.
     threads = min(torch.get_num_threads(), THREADS)

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2, by what a user would pick instead: seconds, and bytes of gradients, optimizer and process.
+"""A training step of SmolLM2, by what a user would pick instead: seconds, bytes of gradients, optimizer, process.
 
 `python benchmarks/training.py` runs every variant in processes of their own, in turn, several times, and writes
 `results/benchmarks/training.json`. All variants take the same 16 questions a step, `family_relationships`.

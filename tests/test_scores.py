@@ -511,6 +511,29 @@ def test_second_order_distances_do_not_cancel(metric, shift):
     assert distance(metric, base, task, 1.0) == close(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_distance_to_itself_whatever_the_numbers(metric):
+    """Rounding alone must not give an untouched head a score."""
+    for seed in range(200):
+        base = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 10 ** (
+            seed % 5 - 3
+        )
+        assert distance(metric, base, base, 1.0) == 0
+
+
+def test_distributions_that_share_nothing():
+    """Probabilities may underflow (at a small tau they do); what they are compared with must stay finite."""
+    base = torch.tensor([0.0, -2000.0], dtype=torch.float64)
+    task = torch.tensor([-2000.0, 0.0], dtype=torch.float64)
+    assert distance("kl", base, task, 1.0) == close(2000, rel=1e-12)
+    assert distance("kl", base, task, 1e-3) == close(2e6, rel=1e-12)
+    assert distance("js", base, task, 1.0) == close(math.log(2), rel=1e-12)
+    assert distance("pad", base, task, 1.0) == close(1, rel=1e-12)
+    assert distance("cosine", base, task, 1.0) == close(1, rel=1e-12)
+    one = 1 + EPSILON
+    assert distance("kl_released", base, task, 1.0) == close((one - EPSILON) * math.log(one / EPSILON), rel=1e-12)
+
+
 def test_growth_with_the_shift():
     """Appendix E of the paper: the Wasserstein distance grows linearly with a shift, KL quadratically."""
     for metric, factor in (("pad", 10), ("kl", 100), ("js", 100), ("l2", 10)):
