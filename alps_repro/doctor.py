@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from alps_repro.checkpoints import EMBEDDED, GGUF_SHA256, cache_folder
+from alps_repro.sandbox import why_not
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 
@@ -78,6 +79,12 @@ def _bitsandbytes() -> Finding:
     return Finding(True, f"bitsandbytes {bitsandbytes.__version__} for 4 and 8 bit, on: {devices}.", needed=False)
 
 
+def _sandbox() -> Finding:
+    reason = why_not()
+    text = reason or "Code that a model wrote can be run in a sandbox (HumanEval, MBPP)."
+    return Finding(reason is None, text, needed=False)
+
+
 def _disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     good = free >= 5
@@ -106,4 +113,4 @@ def _hub() -> Iterator[Finding]:
 
 def examine() -> list[Finding]:
     """Everything that was checked, in the order in which a run needs it."""
-    return [_python(), _packages(), *_device(), _bitsandbytes(), _disk(), _embedded(), *_hub()]
+    return [_python(), _packages(), *_device(), _bitsandbytes(), _sandbox(), _disk(), _embedded(), *_hub()]

@@ -27,17 +27,24 @@ def one_of(what: str, word: str, known: Iterable[str]) -> None:
 
 
 def explained(error: BaseException) -> UserError | None:
-    """What a machine's limits did to a run, as a sentence: no memory, no disk, no leave to write. None for the rest."""
-    text = str(error)
+    """What a machine's limits did to a run, as a sentence: no memory, no disk, no leave to write. None for the rest.
+
+    Libraries raise errors of their own over the system's, so what led to an error is looked at too.
+    """
+    if isinstance(error, UserError):
+        return None
+    text, number = str(error), getattr(error, "errno", None)
     out_of_memory = "out of memory|can't allocate memory|Cannot allocate memory|std::bad_alloc"
     if isinstance(error, MemoryError) or re.search(out_of_memory, text):
         return UserError(
             "The memory does not suffice: lower micro_batch_size, set gradient_checkpointing, or load the base with "
             "quantization '4bit' in scope 'heads'."
         )
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in text or "os error 28" in text:
+    # torch's writer of files says no more than that a file is not as long as it should be.
+    disk_full = "No space left|os error 28|inline_container.*unexpected pos|PytorchStreamWriter failed"
+    if number in (errno.ENOSPC, errno.EDQUOT) or re.search(disk_full, text):
         return UserError("The disk is full: make room, or choose a results folder elsewhere; then run again.")
     if number in (errno.EROFS, errno.EACCES, errno.EPERM) or "Read-only file system" in text:
         return UserError(f"A folder cannot be written ({text[:120]}): choose another results folder.")
-    return None
+    led_to_it = error.__cause__ or error.__context__
+    return explained(led_to_it) if led_to_it is not None else None

@@ -18,6 +18,7 @@ import numpy as np
 from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT
 from alps_repro.errors import UserError, nearest, one_of
+from alps_repro.sandbox import run_program, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +120,7 @@ def check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
     for task in tasks:
         if task not in known:
             raise UserError(f"There is no task '{task}': {nearest(task, known)}")
-        if task in BENCHMARKS and BENCHMARKS[task].runs_code and not allow_code:
+        if _runs_code(task) and not allow_code:
             raise UserError(
                 f"The task '{task}' runs code that the model wrote: say allow_code=True if this machine may run it, "
                 "within a sandbox."
@@ -155,6 +156,8 @@ def evaluate(
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
     one_of("template", template, TEMPLATES)
     check_tasks(tasks, allow_code)
+    if any(_runs_code(task) for task in tasks) and (reason := why_not()):
+        raise UserError(reason)
     if isinstance(model, (str, Path)):
         model, tokenizer = load_model(model, quantization)
     if tokenizer is None:
@@ -179,11 +182,12 @@ def evaluate(
             manager = _manager(any(task in BENCHMARKS for task in tasks))
             found: dict[str, Any] = {}
             # lm-eval takes one number of shots a call, and wraps all of its tasks or none.
-            asked = {task: (_shots(task), template == "alpaca" and task in BENCHMARKS) for task in tasks}
-            for shots, wrapped in sorted(set(asked.values())):
+            wrap = template == "alpaca"
+            asked = {task: (_shots(task), wrap and task in BENCHMARKS, _runs_code(task)) for task in tasks}
+            for shots, wrapped, code in sorted(set(asked.values())):
                 part = simple_evaluate(
                     model=lm,
-                    tasks=[task for task, how in asked.items() if how == (shots, wrapped)],
+                    tasks=[task for task, how in asked.items() if how == (shots, wrapped, code)],
                     num_fewshot=shots,
                     task_manager=manager,
                     limit=limit,
@@ -191,8 +195,11 @@ def evaluate(
                     log_samples=True,
                     apply_chat_template=wrapped,
                     fewshot_as_multiturn=False,
-                    confirm_run_unsafe_code=allow_code,
+                    confirm_run_unsafe_code=code,  # it only generates, but asks all the same
+                    predict_only=code,
                 )
+                if code:
+                    part["results"] = {task: _pass_at_1(task, rows) for task, rows in part["samples"].items()}
                 for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
                     found.setdefault(key, {}).update(part.get(key) or {})
     except UserError:
@@ -233,6 +240,23 @@ def _is_hub_error(error: BaseException) -> bool:
 
 def _shots(task: str) -> int:
     return BENCHMARKS[task].shots if task in BENCHMARKS else 0
+
+
+def _runs_code(task: str) -> bool:
+    return task in BENCHMARKS and BENCHMARKS[task].runs_code
+
+
+def _pass_at_1(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Run each sample's program with its tests in the sandbox, note how it ended, and count those that pass."""
+    for sample in samples:
+        program = sample["filtered_resps"][0]
+        while not isinstance(program, str):  # lists of one, as the task's filter made them
+            program = program[0]
+        sample["outcome"] = run_program(f"{program}\n{sample['target']}\n").reason
+    passed = np.array([sample["outcome"] == "passed" for sample in samples], dtype=float)
+    (metric,) = BENCHMARKS[task].metrics
+    error = float(passed.std(ddof=1) / np.sqrt(len(passed))) if len(passed) > 1 else float("nan")
+    return {metric: float(passed.mean()), metric.replace(",", "_stderr,"): error}
 
 
 def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:

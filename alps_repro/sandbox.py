@@ -6,6 +6,7 @@ resource limits. Where bubblewrap is missing nothing is run.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ class Outcome:
     output: str
 
 
+@functools.cache
 def why_not() -> str | None:
     """What keeps programs from being run here, as a sentence; None where nothing does."""
     if shutil.which("bwrap") is None or shutil.which("prlimit") is None or shutil.which("setpriv") is None:
@@ -93,11 +95,7 @@ def run_program(program: str, *, seconds: int = SECONDS) -> Outcome:
     Raises:
         UserError: there are no walls to be had on this machine; nothing was run.
     """
-    reason = why_not() if not _checked else None
+    reason = why_not()
     if reason:
         raise UserError(reason)
-    _checked.append(True)
     return _run(program, seconds)
-
-
-_checked: list[bool] = []
