@@ -20,6 +20,9 @@ test: $(MADE) lint
 test-faults: $(MADE)
 	@$(VENV)/bin/python -m pytest -m long
 
+bench: $(MADE)
+	@for part in localization training harness table; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
+
 lint: $(MADE)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 

@@ -114,12 +114,12 @@ def resolve(name: str | Path) -> Path:
     if str(name) == EMBEDDED:
         return embedded_model()
     folder = Path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # the methods of `Path` raise where a name is too long
         _check_weights(folder)
         return folder
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise UserError(f"'{name}' is a file: give the folder that holds config.json and *.safetensors.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or os.path.isdir(folder.parent):
         raise UserError(
             f"There is no checkpoint '{name}': give an existing folder, a hub id such as "
             f"'meta-llama/Llama-3.2-1B', or '{EMBEDDED}'."
@@ -176,12 +176,17 @@ def adapter_base(folder: Path) -> str:
     """The name of the model that a saved adapter was trained on."""
     try:
         base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"The {ADAPTER} of '{folder}' cannot be read ({_first_line(error)}): save the adapter again."
         ) from error
-    if not base:
+    if not base or not isinstance(base, str):
         raise UserError(f"The {ADAPTER} of '{folder}' does not name its base model: set base_model_name_or_path.")
+    if os.path.exists(os.path.join(base, ADAPTER)):
+        raise UserError(
+            f"The {ADAPTER} of '{folder}' names '{base}' as its base model, which is an adapter itself: set "
+            "base_model_name_or_path to a whole model."
+        )
     return base
 
 
@@ -212,7 +217,14 @@ def load_model(
         import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
 
         base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype)
-        return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+        try:
+            return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            raise explained(error) or UserError(
+                f"The adapter '{name}' cannot be loaded ({_first_line(error)}): save the adapter again."
+            ) from error
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -370,7 +382,9 @@ def _from_folder(folder: Path, source: str) -> Attention:
             index = json.loads((folder / INDEX).read_text())["weight_map"]
             where = {str(name): str(file) for name, file in index.items()}
         prefix = layout.prefix(where)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if layout.layers > len(where):  # before any work is shared out layer by layer
+            raise UserError(f"the config.json calls for {layout.layers} layers, and there are {len(where)} tensors.")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{source}: {error}") from error
         raise UserError(f"The weights of '{source}' cannot be read ({_first_line(error)}): copy them again.") from error
@@ -412,7 +426,7 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
     try:
         config = tuner.AlpsConfig.from_pretrained(str(folder))
         stored = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # peft and its configurations raise what their fields do
         raise UserError(
             f"'{source}' is not a readable ALPS adapter ({_first_line(error)}): save the adapter again."
         ) from error
@@ -421,7 +435,7 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
             f"'{source}' is a {config.peft_type.value} adapter, and only ALPS adapters can be read without their "
             "model: load it with load_model, and pass what merge_and_unload() gives."
         )
-    if (config.fingerprint or {}).get("layout", asdict(layout)) != asdict(layout):
+    if isinstance(config.fingerprint, dict) and config.fingerprint.get("layout", asdict(layout)) != asdict(layout):
         raise UserError(
             f"The adapter '{source}' does not fit its base '{base.source}', which has other layers, heads or groups "
             "than the model that it was made on: correct base_model_name_or_path in its adapter_config.json."
@@ -434,7 +448,8 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
         if path not in rows:
             return weight
         own = next((value for name, value in stored.items() if name.endswith(f".{path}.{tuner.ROWS}")), None)
-        if own is None or own.shape != (len(rows[path]), weight.shape[1]):
+        fits = own is not None and own.is_floating_point() and own.dtype.itemsize > 1
+        if not fits or own.shape != (len(rows[path]), weight.shape[1]):
             raise UserError(
                 f"The adapter '{source}' does not fit its base '{base.source}' at '{path}': check "
                 "base_model_name_or_path in its adapter_config.json, or save the adapter again."

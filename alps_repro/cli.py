@@ -219,3 +219,7 @@ def main() -> None:
     except UserError as error:
         print(f"alps-repro: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,8 +185,14 @@ def training_examples(
         rows = rows.shuffle(seed=seed).select(range(size))
 
     def convert(row: dict[str, Any]) -> dict[str, str]:
-        instruction, response = wanted.convert(*(row[column] for column in wanted.columns))
-        return {"instruction": instruction.strip(), "response": response.strip()}
+        try:
+            instruction, response = wanted.convert(*(row[column] for column in wanted.columns))
+            return {"instruction": instruction.strip(), "response": response.strip()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"A row of the data set '{name}' is not as expected ({reprlib.repr(row)}): its "
+                f"'{', '.join(wanted.columns)}' must hold text for an instruction and its response."
+            ) from error
 
     return rows.map(convert, remove_columns=rows.column_names, desc=f"reading {name}")
 

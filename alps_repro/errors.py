@@ -11,6 +11,9 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """What was asked for cannot be done; the message is one sentence with what is wrong and what to do."""
 
+    def __init__(self, sentence: object) -> None:
+        super().__init__(" ".join(str(sentence).splitlines()))  # what it quotes may hold line breaks
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of a sentence that refuses `word`: the closest known word, or all of them."""

@@ -247,6 +247,8 @@ class HeadSelection:
 
     def __post_init__(self) -> None:
         heads = []
+        if not isinstance(self.heads, Iterable):
+            raise UserError(f"{self.heads!r} is no list of heads: give (layer, head) pairs, counted from 0.")
         for pair in self.heads:
             try:
                 layer, head = (operator.index(i) for i in pair)
@@ -304,5 +306,7 @@ class HeadSelection:
         try:
             stored = json.loads(Path(path).read_text())
             return cls(tuple(map(tuple, stored["heads"])), HeadLayout(**stored["layout"]))
-        except (OSError, TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"'{path}' is not a saved head selection ({error}).") from error

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,7 +31,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
-    def check(cls, **settings: Any) -> Self:
+    def check(cls, /, **settings: Any) -> Self:
         """Make the settings, or raise `UserError` with one sentence."""
         for name in settings:
             if name not in cls.model_fields:
@@ -48,7 +49,9 @@ class Settings(BaseModel):
                 raise UserError(f"There is no parameter '{where}': {hint}") from None
             if first["type"] == "missing":
                 raise UserError(f"The parameter '{where}' is missing: say what it is.") from None
-            text = str(cause) if cause else f"The parameter '{where}' is {first['input']!r}: {first['msg']}."
+            text = (
+                str(cause) if cause else f"The parameter '{where}' is {reprlib.repr(first['input'])}: {first['msg']}."
+            )
             raise UserError(text) from None
 
     def dump(self) -> dict[str, Any]:
@@ -256,12 +259,13 @@ class Profile(Settings):
         folder = Path(__file__).parents[1] / "profiles"
         name = str(name)
         path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long
             raise UserError(f"There is no profile '{name}': {nearest(name, [p.stem for p in folder.glob('*.yaml')])}")
         try:
             settings = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The profile '{path}' is not readable YAML ({str(error).splitlines()[0]}).") from None
+        except Exception as error:  # YAML's tags raise whatever int, datetime and others do
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"The profile '{path}' is not readable YAML ({reason}).") from None
         if not isinstance(settings, Mapping):
             raise UserError(f"The profile '{path}' holds no settings.")
         if isinstance(settings.get("results"), str):

@@ -97,7 +97,10 @@ class Record(Block):
 
 def record_path(folder: Path, kind: str, name: str) -> Path:
     """Where the record of a run lies."""
-    return folder / f"{kind}-{name}.json"
+    path = folder / f"{kind}-{name}.json"
+    if path.parent != folder:
+        raise UserError(f"The name {name!r} of a record leads out of its folder: give one without '/'.")
+    return path
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -124,7 +127,7 @@ def load_record(path: Path) -> Record:
     """
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"The record '{path}' cannot be read ({error}): remove it and run again.") from error
     version = stored.get("schema_version") if isinstance(stored, dict) else None
     if version != SCHEMA_VERSION:

@@ -38,8 +38,8 @@ def _done(folder: Path, kind: str, config: LocalizeConfig | FinetuneConfig | Eva
 @contextmanager
 def _held(results: Path, kind: str, name: str) -> Iterator[None]:
     """Let one process at a time make a run; a second one says who makes it, waits, and finds it done."""
-    _prepare(results / "locks")
-    path = results / "locks" / f"{kind}-{name}.lock"
+    _prepare(results / ".locks")
+    path = results / ".locks" / f"{kind}-{name}.lock"
     lock, holder = FileLock(path), path.with_suffix(".holder")
     try:
         try:
@@ -54,6 +54,7 @@ def _held(results: Path, kind: str, name: str) -> Iterator[None]:
         write_whole(holder, f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
+        holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -117,7 +118,17 @@ def localize_run(config: LocalizeConfig, results: str | Path, *, progress: bool 
     if isinstance(config.task_model, FinetuneConfig):
         task = finetune_run(config.task_model, results, progress=progress)[1]
     _prepare(path.parent)
-    with _held(results, "localize", config.name), recorded(results / "records", config) as outcome:
+    with _held(results, "localize", config.name):
+        record = _done(results / "records", "localize", config)
+        if record is not None and path.exists():
+            return HeadScores.load(path), record
+        return _localize(config, results, task, path, progress)
+
+
+def _localize(
+    config: LocalizeConfig, results: Path, task: str | Path, path: Path, progress: bool
+) -> tuple[HeadScores, Record]:
+    with recorded(results / "records", config) as outcome:
         scores = localize(
             config.base,
             task,
@@ -136,8 +147,9 @@ def localize_run(config: LocalizeConfig, results: str | Path, *, progress: bool 
 def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool = True) -> Record:
     """Evaluate as `config` says, unless that has been done; the fine-tuning is made first where it is missing."""
     results = Path(results)
+    samples = results / "samples" / f"{config.name}.jsonl"
     record = _done(results / "records", "evaluate", config)
-    if record is not None:
+    if record is not None and samples.exists():
         return record
     model: str | Path = config.model if isinstance(config.model, str) else ""
     tuning: Record | None = None
@@ -146,7 +158,9 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
     _prepare(results / "samples")
     with _held(results, "evaluate", config.name):
         record = _done(results / "records", "evaluate", config)
-        return record or _evaluate(config, results, model, tuning, progress)
+        if record is not None and samples.exists():
+            return record
+        return _evaluate(config, results, model, tuning, progress)
 
 
 def _evaluate(

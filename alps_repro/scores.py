@@ -235,7 +235,7 @@ class HeadScores:
             stored["layout"] = layout = HeadLayout(**stored["layout"])
             stored["values"] = values = np.array(stored["values"], dtype=np.float64)
             scores = cls(**stored)
-        except (OSError, TypeError, KeyError, ValueError, OverflowError) as error:
+        except (OSError, TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"'{path}' is not a file of head scores ({error}).") from error
         if values.shape != (layout.layers, layout.heads) or not np.isfinite(values).all():
             raise UserError(f"'{path}' does not hold one finite score per head of its layout: localize again.")

@@ -20,10 +20,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tiny_models import tiny_checkpoint
 
+from alps_repro import evaluation
 from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT, offline_splits
 from alps_repro.errors import UserError
 from alps_repro.evaluation import BENCHMARKS, OFFLINE_METRIC, OFFLINE_TASKS, Evaluation, _score, evaluate
+from alps_repro.sandbox import why_not
 
 #: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
 try:
@@ -322,13 +324,13 @@ def stand_in(path: str, name: str | None = None, **settings: Any) -> DatasetDict
 
 
 class CodeEval:
-    """Stands for the hub's `code_eval` metric: the same answer shape, and no code is run."""
+    """Stands for the hub's `code_eval` metric, which lm-eval tries out when it reads its tasks, and which must never
+    be given what a model wrote."""
 
     def compute(
         self, references: list[str], predictions: list[list[str]], k: list[int]
     ) -> tuple[dict[str, float], dict]:
-        assert k == [1]
-        assert len(references) == len(predictions)
+        assert references == ["assert add(2, 3)==5"], "lm-eval's own trial"
         return {"pass@1": 1.0}, {}
 
 
@@ -385,7 +387,9 @@ def test_benchmark_gives_the_metrics_it_is_read_by(task: str, request: pytest.Fi
     assert set(benchmark.metrics) <= set(found.results[task])
     assert 0 <= found.scores[task] <= 1
     if benchmark.runs_code:
-        assert found.scores[task] == 1.0
+        # A random model writes no program; that it was run and found wrong is on record.
+        assert found.scores[task] == 0.0
+        assert {row["outcome"] for row in found.samples[task]} == {"failed"}
     elif not benchmark.macro:
         assert found.scores[task] == np.mean([found.results[task][name] for name in benchmark.metrics])
 
@@ -414,6 +418,17 @@ def test_mmlu_is_the_mean_over_subjects(benchmarks: Evaluation) -> None:
     questions = [row["acc"] for rows in subjects.values() for row in rows]
     assert benchmarks.results["mmlu"]["acc,none"] == pytest.approx(np.mean(questions)), "lm-eval's own is the other one"
     assert np.mean(accuracies) != np.mean(questions)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="bubblewrap cannot be used on this machine")
+def test_programs_are_counted_that_pass_their_tests() -> None:
+    right, wrong = "def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b"
+    test = "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)"
+    samples = [{"filtered_resps": [[program]], "target": test} for program in (right, wrong, right, right)]
+    found = evaluation._pass_at_1("humaneval", samples)
+    assert found["pass@1,create_test"] == 0.75
+    assert found["pass@1_stderr,create_test"] == pytest.approx(0.25)
+    assert [sample["outcome"] for sample in samples] == ["passed", "failed", "passed", "passed"]
 
 
 def test_macro_average_by_hand() -> None:

@@ -66,6 +66,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "gradient_checkpointing": True,
         "examples": 100,
         "checkpoint_steps": 50,
+        "workers": 2,
     },
     FinetuneConfig: {
         "base": "other",

@@ -51,8 +51,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any] | None:
 def check_fingerprint(stored: dict[str, Any], model: nn.Module) -> None:
     """Raise `UserError` unless an adapter made on the model behind `stored` fits this one."""
     layout = asdict(HeadLayout.of(model))
-    if stored.get("layout") != layout:
-        theirs = stored.get("layout") or {}
+    if not isinstance(stored, dict) or not isinstance(stored.get("layout"), dict):
+        raise UserError("The adapter's fingerprint of its base is damaged: save the adapter again.")
+    if stored["layout"] != layout:
+        theirs = stored["layout"]
         differ = ", ".join(f"{k} {theirs.get(k)} and {v}" for k, v in layout.items() if theirs.get(k) != v)
         raise UserError(f"The adapter does not fit this model: adapter and model differ in {differ}.")
     own = fingerprint(model)

@@ -1,0 +1,117 @@
+"""What the project says of itself: lock, environment, citation, and every command and number of the README."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from tiny_models import tiny_checkpoint
+from typer.testing import CliRunner
+
+from alps_repro import tables
+from alps_repro.cli import app
+from alps_repro.doctor import locked_versions
+from alps_repro.records import load_records
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+REFERENCE = ROOT / "results" / "reference" / "quick"
+
+
+def requirements() -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    return [Requirement(line) for line in [*project["dependencies"], *(line for extra in extras for line in extra)]]
+
+
+@pytest.mark.parametrize("wanted", requirements(), ids=str)
+def test_lock_has_every_requirement_within_its_range(wanted):
+    locked = {canonicalize_name(name): version for name, version in locked_versions().items()}
+    assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)])
+
+
+def test_lock_names_every_package_exactly_once_per_marker():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] not in "# "]
+    assert len(lines) == len(set(lines)) > 100
+    assert all("==" in line for line in lines)
+
+
+def test_conda_environment_is_the_locked_one():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert pip["pip"] == ["--requirement requirements.lock", "--editable ."]
+    # Conda itself brings Python and tools only: no package has a second source of its version.
+    assert {re.split("[=<>]", name)[0] for name in conda} == {"python", "pip", "make"}
+    python = next(name for name in conda if name.startswith("python")).split("=")[1]
+    assert tuple(map(int, python.split("."))) >= (3, 11)
+
+
+def test_ci_runs_what_the_readme_says():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make reproduce" in README
+    assert "make test" in README
+
+
+def test_citation_names_package_and_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
+    assert citation["references"][0]["doi"] == "10.18653/v1/2025.findings-acl.612"
+    assert citation["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_readme_shows_the_table_that_the_committed_records_make(tmp_path):
+    (name,) = re.findall(r"<!-- table: (results/reference/quick/tables/summary.md) -->", README)
+    shown = README.split(f"<!-- table: {name} -->\n")[1].split("<!-- end of table -->")[0].strip()
+    assert shown == (ROOT / name).read_text().strip()
+    made = tables.write(tables.summary(load_records(REFERENCE / "records", "evaluate")), tmp_path, "summary")
+    for path in made:
+        assert path.read_bytes() == (REFERENCE / "tables" / path.name).read_bytes()
+
+
+def test_reference_gains_what_a_profile_must_show():
+    table = tables.summary(load_records(REFERENCE / "records", "evaluate")).set_index("method")
+    assert table.loc["full", "score"] - table.loc["vanilla", "score"] >= 20
+    assert not any(record.provenance.dirty for record in load_records(REFERENCE / "records"))
+
+
+def test_files_that_the_readme_names_exist():
+    for name in re.findall(r"`((?:[\w-]+/)+[\w.-]*|[\w-]+\.\w+)`", README):
+        if not name.startswith("results/quick"):
+            assert (ROOT / name).exists() or (ROOT / "alps_repro" / name).exists(), name
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("alps-repro") and "reproduce" not in line]
+
+
+def test_commands_of_the_readme_run_on_a_tiny_model(tmp_path, monkeypatch):
+    base = tiny_checkpoint(tmp_path / "base")
+    stand_ins = {"BASE": str(base), "TASK": str(base), "smollm2-135m": str(base), "max_steps=40": "max_steps=2"}
+    monkeypatch.chdir(tmp_path)
+    assert len(commands()) >= 5
+    for command in commands():
+        words = [stand_ins.get(word, word) for word in shlex.split(command)[1:]]
+        words = ["8" if word == "100" else word for word in words]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0 or words == ["doctor"], (command, result.output, result.exception)
+
+
+def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    for name in ("path/to/base", "path/to/task-model"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        tiny_checkpoint(folder, seed=len(name), hidden_size=64)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "heads.png").stat().st_size > 1000
+    assert names["model"].get_nb_trainable_parameters()[0] > 0
