@@ -242,8 +242,9 @@ def load_model(
         kwargs["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
         )
-    load_config(folder)
+    config = load_config(folder)
     try:
+        _check_layers(getattr(config.get_text_config(), "num_hidden_layers", 0), _tensor_files(folder))
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
@@ -274,17 +275,6 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer
-
-
-def dense_weight(module: torch.nn.Module) -> torch.Tensor:
-    """The weight of a projection as a float matrix (outputs, inputs): dequantized, or as it is (a view)."""
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-    from transformers.pytorch_utils import Conv1D
-
-    weight = module.weight
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        weight = dequantize_bnb_weight(weight, getattr(module, "state", None))
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
 @dataclass(frozen=True)
@@ -344,6 +334,8 @@ def open_attention(source: Any) -> Iterator[Attention]:
 
 
 def _from_model(model: Any) -> Attention:
+    from alps_repro.tuner.layer import dense_weight
+
     layout = HeadLayout.of(model)
     modules = {
         name.removeprefix("base_model.model."): module
@@ -370,20 +362,31 @@ def _from_model(model: Any) -> Attention:
     return Attention(layout, projections, getattr(model, "name_or_path", "") or type(model).__name__)
 
 
+def _tensor_files(folder: Path) -> dict[str, str]:
+    """{tensor name: name of the file that holds it} of a checkpoint."""
+    from safetensors import safe_open
+
+    if (folder / SINGLE).exists():
+        with safe_open(folder / SINGLE, "pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    return {str(name): str(file) for name, file in index.items()}
+
+
+def _check_layers(layers: Any, where: dict[str, str]) -> None:
+    # Work is shared out, and models are built, layer by layer: a number that is far too high would never end.
+    if isinstance(layers, int) and layers > len(where):
+        raise UserError(f"The config.json calls for {layers} layers, and there are {len(where)} tensors: correct it.")
+
+
 def _from_folder(folder: Path, source: str) -> Attention:
     from safetensors import SafetensorError, safe_open
 
     layout = HeadLayout.of(load_config(folder))
     try:
-        if (folder / SINGLE).exists():
-            with safe_open(folder / SINGLE, "pt") as file:
-                where = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-            where = {str(name): str(file) for name, file in index.items()}
+        where = _tensor_files(folder)
         prefix = layout.prefix(where)
-        if layout.layers > len(where):  # before any work is shared out layer by layer
-            raise UserError(f"the config.json calls for {layout.layers} layers, and there are {len(where)} tensors.")
+        _check_layers(layout.layers, where)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{source}: {error}") from error
@@ -417,7 +420,6 @@ def _from_folder(folder: Path, source: str) -> Attention:
 
 
 def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     import alps_repro.tuner as tuner

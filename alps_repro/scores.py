@@ -250,10 +250,13 @@ class HeadScores:
         cell = min(0.26, 7.0 / max(layers, heads))
         figure = Figure(figsize=(heads * cell + 2.6, layers * cell + 1.3), layout="constrained")
         axes = figure.add_subplot()
-        # A few heads move a hundred times further than the rest, so colours are spaced by ratio; zeros stay grey.
+        # A few heads move a hundred times further than the rest, so colours are spaced by ratio, and a few hardly move
+        # at all, so the lowest fortieth shares one colour; zeros stay grey.
         axes.set_facecolor("0.85")
         shown = np.ma.masked_less_equal(self.values, 0)
-        norm = LogNorm() if shown.count() else None
+        norm = None
+        if shown.count():
+            norm = LogNorm(np.percentile(shown.compressed(), 2.5), shown.max(), clip=True)
         image = axes.imshow(shown, origin="lower", cmap="cividis", norm=norm, aspect="equal", interpolation="nearest")
         chosen = np.array(self.top(ratio).heads)
         axes.scatter(
@@ -271,7 +274,7 @@ class HeadScores:
         axes.set_xticks(range(0, heads, 1 if heads <= 12 else 4))
         axes.set_yticks(range(0, layers, 5 if layers > 10 else 1))
         axes.tick_params(length=2)
-        bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03)
+        bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03, extend="min")
         bar.set_label(f"{self.metric} ({self.head_matrix})")
         figure.legend(loc="outside lower center", frameon=False, fontsize=9)
         return figure

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,9 @@ def trainable(model: torch.nn.Module, heads: HeadSelection | None, scope: str) -
 
         from alps_repro.tuner import AlpsConfig
 
-        return get_peft_model(model, AlpsConfig(heads=heads, task_type="CAUSAL_LM"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to change
+            return get_peft_model(model, AlpsConfig(heads=heads, task_type="CAUSAL_LM"))
     if heads is not None and len(heads) == layout.total:
         return model.requires_grad_(True)
     prefix = layout.prefix(name for name, _ in model.named_modules())
@@ -298,9 +301,18 @@ def _show_bar_only(trainer: Any) -> None:
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
     from transformers.trainer_callback import PrinterCallback
 
+    class Bar(DEFAULT_PROGRESS_CALLBACK):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_train_begin(*args, **kwargs)
+            if getattr(self, "training_tracker", None) is not None:  # a notebook's bar, with a table below
+                self.training_tracker.inner_table = None
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
-        trainer.add_callback(type("Bar", (DEFAULT_PROGRESS_CALLBACK,), {"on_log": lambda *args, **kwargs: None}))
+        trainer.add_callback(Bar)
 
 
 def _stop_if_diverged(limit: float, checkpoints: Path) -> Any:

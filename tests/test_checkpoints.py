@@ -21,7 +21,6 @@ from alps_repro.checkpoints import (
     INDEX,
     SINGLE,
     adapter_base,
-    dense_weight,
     is_adapter,
     load_config,
     model_hash,
@@ -29,6 +28,7 @@ from alps_repro.checkpoints import (
     resolve,
 )
 from alps_repro.tuner import ROWS, AlpsConfig
+from alps_repro.tuner.layer import dense_weight
 
 #: A projection in the middle of the tiny Llama.
 KEY = "model.layers.1.self_attn.k_proj.weight"

@@ -74,11 +74,8 @@ def finished(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and ".locks" not in path.parts
-    }
+    files = [path for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_entry_point() -> None:

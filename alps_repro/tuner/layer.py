@@ -9,14 +9,22 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
-from alps_repro.checkpoints import dense_weight
 from alps_repro.errors import UserError
 
 #: Names under which the trained rows (rows, inputs) and biases (rows,) are stored.
 ROWS = "alps_rows"
 BIAS = "alps_bias"
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of a projection as a float matrix (outputs, inputs): dequantized, or as it is (a view)."""
+    weight = module.weight
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        weight = dequantize_bnb_weight(weight, getattr(module, "state", None))
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
 
 
 def _replaced(weight: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,9 @@ def check_fingerprint(stored: dict[str, Any], model: nn.Module) -> None:
     if stored["layout"] != layout:
         theirs = stored["layout"]
         differ = ", ".join(f"{k} {theirs.get(k)} and {v}" for k, v in layout.items() if theirs.get(k) != v)
-        raise UserError(f"The adapter does not fit this model: adapter and model differ in {differ}.")
+        raise UserError(
+            f"The adapter does not fit this model: adapter and model differ in {differ or 'what is stored'}."
+        )
     own = fingerprint(model)
     if own is None:
         return
