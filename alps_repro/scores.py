@@ -52,9 +52,13 @@ def _block(rows: torch.Tensor, index: int, layout: HeadLayout) -> torch.Tensor:
     return rows[index * layout.head_dim : (index + 1) * layout.head_dim]
 
 
-def _middle(rows: dict[Part, torch.Tensor], group: int, layout: HeadLayout) -> torch.Tensor:
+def _middle(rows: dict[Part, torch.Tensor], group: int, layout: HeadLayout, scratch: _Scratch) -> torch.Tensor:
     """W_kᵀ · W_v of a group, (head dim, head dim) in float64: what its heads' products have in common."""
-    return _block(rows["key"], group, layout).double() @ _block(rows["value"], group, layout).double().T
+    key, value = (_block(rows[part], group, layout) for part in ("key", "value"))
+    wide = [
+        scratch(name, block.numel()).view_as(block).copy_(block) for name, block in (("key", key), ("value", value))
+    ]
+    return wide[0] @ wide[1].T
 
 
 def _product(query: torch.Tensor, middle: torch.Tensor, scratch: _Scratch, name: str) -> torch.Tensor:
@@ -88,22 +92,28 @@ def _log_softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
     return torch.log_softmax(x / tau, 0)
 
 
-def _softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
-    """The softmax, written over `x`."""
+def _exponentials(x: torch.Tensor, tau: float) -> float:
+    """Write exp(x / tau), up to a factor, over `x`; returns its sum."""
     if tau != 1:
         x.div_(tau)
     highest = float(x.max())
     if abs(highest) > 100:  # otherwise neither overflow nor an empty sum is near, and a pass is saved
         x.sub_(highest)
-    x.exp_()
-    return x.mul_(1 / float(x.sum()))
+    return float(x.exp_().sum())
+
+
+def _softmax(x: torch.Tensor, tau: float) -> torch.Tensor:
+    """The softmax, written over `x`."""
+    total = _exponentials(x, tau)
+    return x.mul_(1 / total)
 
 
 def _pad(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
     """W1 with the i-th probability at position i / (N - 1) of [0, 1]: sum |CDF_B - CDF_T| / (N - 1)."""
-    difference = _softmax(base, tau).sub_(_softmax(task, tau))
-    # Summing the difference, not each distribution, keeps the cumulative sum as small as the signal.
-    return float(difference.cumsum_(0).abs_().sum()) / (len(base) - 1)
+    z_b, z_t = _exponentials(base, tau), _exponentials(task, tau)
+    # Summing the difference, not each distribution, keeps the cumulative sum as small as the signal. Both are left
+    # z_b times too large until the end, which saves a pass over each.
+    return float(base.sub_(task, alpha=z_b / z_t).cumsum_(0).abs_().sum()) / z_b / (len(base) - 1)
 
 
 def _pad_value(base: torch.Tensor, task: torch.Tensor, tau: float) -> float:
@@ -344,7 +354,7 @@ def localize(
             for head in range(layout.heads):
                 if head_matrix == "product":
                     if head % layout.heads_per_group == 0:
-                        middles = [_middle(rows, layout.group(head), layout) for rows in sides]
+                        middles = [_middle(rows, layout.group(head), layout, scratch) for rows in sides]
                     pairs = zip(("base", "task"), sides, middles)
                     matrices = [_product(_block(r["query"], head, layout), m, scratch, name) for name, r, m in pairs]
                 else:
