@@ -52,10 +52,11 @@ class _ReplacedRows(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, index, rows = ctx.saved_tensors
         grad_x = grad_rows = grad_bias = None
+        grad = grad.reshape(-1, grad.shape[-1])  # once: attention's backward pass hands it over transposed
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ _replaced(weight, index, rows)
+            grad_x = (grad @ _replaced(weight, index, rows)).view(x.shape)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            own = grad.reshape(-1, grad.shape[-1]).index_select(1, index)
+            own = grad.index_select(1, index)
             if ctx.needs_input_grad[4]:
                 grad_rows = (own.T @ x.reshape(-1, x.shape[-1])).to(rows.dtype)
             if ctx.needs_input_grad[5]:
