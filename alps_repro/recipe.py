@@ -268,7 +268,7 @@ class Profile(Settings):
             raise UserError(f"The profile '{path}' is not readable YAML ({reason}).") from None
         if not isinstance(settings, Mapping):
             raise UserError(f"The profile '{path}' holds no settings.")
-        if isinstance(settings.get("results"), str):
+        if isinstance(settings.get("results"), str) and not Path(settings["results"]).is_absolute():
             # Relative to the checkout, wherever a notebook or shell is: Jupyter starts kernels beside the notebook.
             settings["results"] = os.path.relpath(Path(__file__).parents[1] / settings["results"])
         settings = {**settings, **{k: v for k, v in overrides.items() if v is not None}}

@@ -74,6 +74,11 @@ def test_readme_shows_the_table_that_the_committed_records_make(tmp_path):
         assert path.read_bytes() == (REFERENCE / "tables" / path.name).read_bytes()
 
 
+def test_readme_shows_the_table_of_the_benchmarks():
+    shown = README.split("<!-- table: results/benchmarks/table.md -->\n")[1].split("<!-- end of table -->")[0]
+    assert shown == (ROOT / "results" / "benchmarks" / "table.md").read_text()
+
+
 def test_reference_gains_what_a_profile_must_show():
     table = tables.summary(load_records(REFERENCE / "records", "evaluate")).set_index("method")
     assert table.loc["full", "score"] - table.loc["vanilla", "score"] >= 20
