@@ -115,11 +115,11 @@ def run(variant: str) -> dict:
         "gradient_bytes": clock.gradients,
         "optimizer_bytes": sum(t.nbytes for s in state for t in s.values() if torch.is_tensor(t)),
         "peak_bytes": int(status.split("VmHWM:")[1].split()[0]) * 1024,
-        "floor": floor(variant, model, heads, rows),
+        "floor": floor(variant, model.config, heads, rows),
     }
 
 
-def floor(variant: str, model: torch.nn.Module, heads: object, rows: object) -> dict[str, float]:
+def floor(variant: str, config: object, heads: object, rows: object) -> dict[str, float]:
     """Multiplications and additions of a step, counted: what no implementation of the variant can do without.
 
     Per token a weight costs 2 operations forward, 2 for the gradient of its input, and 2 for its own. A frozen weight
@@ -127,16 +127,15 @@ def floor(variant: str, model: torch.nn.Module, heads: object, rows: object) -> 
     counted like a product of activations, whose backward pass costs twice the forward one. The output layer counts for
     the positions whose logits are taken.
     """
-    config, layers = model.config, model.config.num_hidden_layers
+    layers = config.num_hidden_layers
     lengths = [len(row["input_ids"]) for row in rows]
     answers = [
         len(r["input_ids"]) - r["prompt_length"] + 1 if "prompt_length" in r else len(r["input_ids"]) for r in rows
     ]
     tokens, answer_tokens = sum(lengths) / len(lengths) * BATCH, sum(answers) / len(answers) * BATCH
-    block = model.model.layers[0]
-    attention = sum(m.weight.numel() for m in block.self_attn.modules() if hasattr(m, "weight") and m.weight.ndim == 2)
-    qkv = attention - block.self_attn.o_proj.weight.numel()
-    linear = attention + sum(p.numel() for p in block.mlp.parameters())
+    qkv = config.hidden_size * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    output_projection = config.hidden_size * config.head_dim * config.num_attention_heads
+    linear = qkv + output_projection + 3 * config.hidden_size * config.intermediate_size
     scores = 2 * sum(n * n for n in lengths) / len(lengths) * BATCH * config.num_attention_heads * config.head_dim
     forward = layers * (2 * tokens * linear + 2 * scores)
     output = 2 * answer_tokens * config.vocab_size * config.hidden_size
@@ -144,19 +143,19 @@ def floor(variant: str, model: torch.nn.Module, heads: object, rows: object) -> 
     backward = (layers - lowest) * (2 * tokens * linear + 4 * scores)
     own = 0.0
     if variant.startswith("full") or variant == "alps_all":
-        frozen = 0.0 if variant.startswith("full") else layers * qkv - trained_rows(model, heads)
+        frozen = 0.0 if variant.startswith("full") else layers * qkv - trained_rows(heads)
         own = 2 * tokens * (layers * linear - frozen) + output
     elif variant == "masking_hooks":
         own = 2 * tokens * layers * qkv
     elif variant == "alps_heads":
-        own = 2 * tokens * trained_rows(model, heads)
+        own = 2 * tokens * trained_rows(heads)
     elif variant == "lora_128":
         rank = 128 * (3 * config.hidden_size + config.hidden_size + 2 * config.num_key_value_heads * config.head_dim)
         own = 6 * tokens * layers * rank
     return {"operations": forward + backward + own + 2 * output, "tokens": tokens}
 
 
-def trained_rows(model: torch.nn.Module, heads: object) -> int:
+def trained_rows(heads: object) -> int:
     """Weights in the selected rows."""
     rows = heads.layout.selected_rows(heads)
     return sum(map(len, rows.values())) * heads.layout.hidden_size
