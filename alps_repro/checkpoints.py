@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -379,8 +380,34 @@ def _check_layers(layers: Any, where: dict[str, str]) -> None:
         raise UserError(f"The config.json calls for {layers} layers, and there are {len(where)} tensors: correct it.")
 
 
+class _Opened(threading.local):
+    """Each thread's open file of a checkpoint, opened anew where another is read or much has been read from it.
+
+    Opening reads the whole header, and the pages of what has been read count as memory until the file is closed.
+    """
+
+    BYTES = 64 << 20
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file, self.taken = folder, None, 0
+        self.state: tuple[str, int, int, int] | None = None
+
+    def read(self, name: str, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
+        from safetensors import safe_open
+
+        path = self.folder / name
+        now = path.stat()  # a file that was removed or cut short meanwhile must not be read through its old mapping
+        state = (name, now.st_ino, now.st_size, now.st_mtime_ns)
+        if state != self.state or self.taken > self.BYTES:
+            self.file = None
+            self.file, self.state, self.taken = safe_open(path, "pt"), state, 0
+        out = {path: self.file.get_tensor(tensor) for path, tensor in tensors.items()}
+        self.taken += sum(tensor.nbytes for tensor in out.values())
+        return out
+
+
 def _from_folder(folder: Path, source: str) -> Attention:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     layout = HeadLayout.of(load_config(folder))
     try:
@@ -392,6 +419,8 @@ def _from_folder(folder: Path, source: str) -> Attention:
             raise UserError(f"{source}: {error}") from error
         raise UserError(f"The weights of '{source}' cannot be read ({_first_line(error)}): copy them again.") from error
 
+    opened = _Opened(folder)
+
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
         out = {}
         names = {path: f"{prefix}{path}.weight" for path in paths}
@@ -400,9 +429,7 @@ def _from_folder(folder: Path, source: str) -> Attention:
             raise UserError(f"'{source}' lacks the tensor '{lacking[0]}': the checkpoint is not complete.")
         for file_name in dict.fromkeys(where[name] for name in names.values()):
             try:
-                # Opened anew for each layer, so that the pages of those already read do not count as memory.
-                with safe_open(folder / file_name, "pt") as file:
-                    out |= {p: file.get_tensor(name) for p, name in names.items() if where[name] == file_name}
+                out |= opened.read(file_name, {p: name for p, name in names.items() if where[name] == file_name})
             except (SafetensorError, OSError) as error:
                 raise UserError(
                     f"'{folder / file_name}' cannot be read ({_first_line(error)}): the file is damaged or gone; "

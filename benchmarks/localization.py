@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from measured import DATA, median, save
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -147,7 +148,25 @@ def smollm2(rounds: int) -> dict:
         if i < max(2, rounds // 2):
             taken, theirs = timed(released_way, base, task)
             seconds["released_way"].append(taken)
-    return {"seconds": seconds, "largest_relative_error": errors(base, task, mine, theirs, step=6)}
+    return {
+        "seconds": seconds,
+        "single_pass": {kind: [single_pass(base, task, kind) for _ in range(rounds)] for kind in ("concat", "product")},
+        "read": [read_alone(base, task) for _ in range(rounds)],
+        "largest_relative_error": errors(base, task, mine, theirs, step=6),
+    }
+
+
+def read_alone(base: Path, task: Path) -> dict[str, float]:
+    """Bytes of both models' query, key and value projections, and the seconds that only reading them takes."""
+    found = {"bytes": 0, "seconds": 0.0}
+    for folder in (base, task):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            for name in sorted(file.keys()):
+                if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                    start = time.perf_counter()
+                    found["bytes"] += file.get_tensor(name).clone().nbytes
+                    found["seconds"] += time.perf_counter() - start
+    return found
 
 
 def single_pass(base: Path, task: Path, kind: str) -> float:

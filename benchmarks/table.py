@@ -23,6 +23,10 @@ def localization(found: dict) -> list[tuple[str, str, str, str, str]]:
         ours = small["seconds"][kind]
         ratio = f"{median(released) / median(ours):.0f} times faster"
         rows.append((f"localize SmolLM2, `{kind}`", spread(ours), "released way: " + spread(released), ratio, "50"))
+        read, passes = small["read"], small["single_pass"][kind]
+        floor = median([one["seconds"] for one in read]) + median(passes)
+        text = f"reading {read[0]['bytes'] / 1e6:.0f} MB, one exp and cumsum, one thread: {floor:.2f} s"
+        rows.append((f"the same, `{kind}`, against its floor", "", text, f"{median(ours) / floor:.2f} of it", ""))
     for kind in ("concat", "product"):
         own, whole = large[kind], large["released_way_32_layers"]
         ratio = f"{whole / own['seconds_32_layers']:.0f} times faster"
@@ -43,14 +47,14 @@ def training(found: dict) -> list[tuple[str, str, str, str, str]]:
     reach = {"full_plain": "0.50", "full_answer_only": "0.70", "masking_hooks": "0.95", "lora_128": "0.95"}
     against = [("alps_heads", other, bound) for other, bound in reach.items()] + [("alps_all", "full_plain", "0.72")]
     for own, other, bound in against:
-        ratio = median([median(a["seconds"]) / median(b["seconds"]) for a, b in zip(rounds[own], rounds[other])])
+        ratios = [median(a["seconds"]) / median(b["seconds"]) for a, b in zip(rounds[own], rounds[other])]
         counted = rounds[own][0]["floor"]["operations"] / rounds[other][0]["floor"]["operations"]
         rows.append(
             (
                 f"step, {found['variants'][own]}",
                 spread(seconds[own]),
                 f"{found['variants'][other]}: {spread(seconds[other])}",
-                f"{ratio:.2f} (operations counted: {counted:.2f})",
+                f"{spread(ratios, '')}; operations counted: {counted:.2f}",
                 bound,
             )
         )
@@ -59,16 +63,44 @@ def training(found: dict) -> list[tuple[str, str, str, str, str]]:
     other = f"{full['gradient_bytes'] / 1e6:.0f} and {full['optimizer_bytes'] / 1e6:.0f} MB"
     exact = own["gradient_bytes"] == 4 * own["trained_parameters"]
     rows.append(("gradients and optimizer, scope heads", text, other, "rows alone" if exact else "more", "rows alone"))
-    peaks = [median([one["peak_bytes"] for one in rounds[name]]) / 1e9 for name in ("alps_heads", "full_plain")]
-    ratio = f"{peaks[0] / peaks[1]:.2f}"
-    rows.append(("peak of the process, scope heads", f"{peaks[0]:.2f} GB", f"{peaks[1]:.2f} GB", ratio, "0.50"))
+    peaks = {
+        name: median([one["peak_bytes"] - one["interpreter_bytes"] for one in each]) for name, each in rounds.items()
+    }
+    for own, bound in (("alps_heads", "0.50"), ("alps_all", "")):
+        counted = rounds[own][0]["floor"]["bytes"] / full["floor"]["bytes"]
+        ratio = f"{peaks[own] / peaks['full_plain']:.2f}; bytes counted: {counted:.2f}"
+        other = f"{peaks['full_plain'] / 1e9:.2f} GB"
+        rows.append(
+            (f"peak above the interpreter, {found['variants'][own]}", f"{peaks[own] / 1e9:.2f} GB", other, ratio, bound)
+        )
+    for name, each in rounds.items():
+        floor = each[0]["floor"]
+        speed = f"{floor['operations'] / median(seconds[name]) / 1e9:.0f} of 10⁹ counted operations a second"
+        text = f"{floor['operations'] / 1e9:.0f} · 10⁹ operations, {floor['bytes'] / 1e9:.2f} GB counted"
+        rows.append(
+            (
+                f"floor: {found['variants'][name]}",
+                text,
+                "",
+                f"{speed}; {peaks[name] / floor['bytes']:.2f} of the bytes",
+                "",
+            )
+        )
     return rows
 
 
 def harness(found: dict) -> list[tuple[str, str, str, str, str]]:
+    quick = found["quick_seconds"]
     return [
         ("`import alps_repro`", spread(found["import_seconds"]), "", "", "0.5 s"),
         ("a fine-tuning of one example, whole process", spread(found["one_example_seconds"], digits=1), "", "", "10 s"),
+        (
+            "profile `quick`, whole",
+            f"{quick['whole'] / 60:.1f} min",
+            f"of it training {quick['finetune']:.0f} s, evaluating {quick['evaluate']:.0f} s, localizing {quick['localize']:.1f} s",
+            "",
+            "",
+        ),
     ]
 
 

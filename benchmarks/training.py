@@ -87,6 +87,8 @@ def run(variant: str) -> dict:
 
     clock = Clock()
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    status = Path("/proc/self/status").read_text()
+    before = int(status.split("VmRSS:")[1].split()[0]) * 1024 - sum(p.nbytes for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=tuned.model if isinstance(tuned, AlpsModel) else tuned,
@@ -114,45 +116,59 @@ def run(variant: str) -> dict:
         "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         "gradient_bytes": clock.gradients,
         "optimizer_bytes": sum(t.nbytes for s in state for t in s.values() if torch.is_tensor(t)),
+        "interpreter_bytes": before,  # what is held without the weights: Python, its libraries, the data
         "peak_bytes": int(status.split("VmHWM:")[1].split()[0]) * 1024,
         "floor": floor(variant, model.config, heads, rows),
     }
 
 
 def floor(variant: str, config: object, heads: object, rows: object) -> dict[str, float]:
-    """Multiplications and additions of a step, counted: what no implementation of the variant can do without.
+    """Operations and bytes of a step, counted: what no implementation of the variant can do without.
 
-    Per token a weight costs 2 operations forward, 2 for the gradient of its input, and 2 for its own. A frozen weight
-    has none of its own; below the lowest selected layer there is no backward pass. Attention itself (q·k and p·v) is
-    counted like a product of activations, whose backward pass costs twice the forward one. The output layer counts for
-    the positions whose logits are taken.
+    operations: per token a weight costs 2 operations forward, 2 for the gradient of its input, and 2 for its own. A
+    frozen weight has none of its own; below the lowest selected layer there is no backward pass. Attention itself (q·k
+    and p·v) is counted like a product of activations, whose backward pass costs twice the forward one. The output layer
+    counts for the positions whose logits are taken.
+
+    bytes: weights, gradients, AdamW's two moments, and what the backward pass has to find again, all in float32: in
+    every layer from the lowest trained one up, per token, the inputs of both norms, q, k, v and attention's output,
+    gate and up of the MLP; where all of a layer is trained, the inputs of its projections too; the logits, and their
+    gradient.
     """
-    layers = config.num_hidden_layers
+    layers, hidden, wide = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     lengths = [len(row["input_ids"]) for row in rows]
     answers = [
         len(r["input_ids"]) - r["prompt_length"] + 1 if "prompt_length" in r else len(r["input_ids"]) for r in rows
     ]
     tokens, answer_tokens = sum(lengths) / len(lengths) * BATCH, sum(answers) / len(answers) * BATCH
-    qkv = config.hidden_size * config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    output_projection = config.hidden_size * config.head_dim * config.num_attention_heads
-    linear = qkv + output_projection + 3 * config.hidden_size * config.intermediate_size
-    scores = 2 * sum(n * n for n in lengths) / len(lengths) * BATCH * config.num_attention_heads * config.head_dim
+    attended, shared = config.head_dim * config.num_attention_heads, config.head_dim * config.num_key_value_heads
+    qkv = hidden * (attended + 2 * shared)
+    linear = qkv + hidden * attended + 3 * hidden * wide
+    total = layers * (linear + 2 * hidden) + hidden + config.vocab_size * hidden
+    scores = 2 * sum(n * n for n in lengths) / len(lengths) * BATCH * attended
     forward = layers * (2 * tokens * linear + 2 * scores)
-    output = 2 * answer_tokens * config.vocab_size * config.hidden_size
-    lowest = min(layer for layer, _ in heads) if variant in ("alps_heads",) else 0
+    output = 2 * answer_tokens * config.vocab_size * hidden
+    lowest = min(layer for layer, _ in heads) if variant == "alps_heads" else 0
     backward = (layers - lowest) * (2 * tokens * linear + 4 * scores)
-    own = 0.0
-    if variant.startswith("full") or variant == "alps_all":
-        frozen = 0.0 if variant.startswith("full") else layers * qkv - trained_rows(heads)
-        own = 2 * tokens * (layers * linear - frozen) + output
+    everything = variant.startswith("full") or variant == "alps_all"
+    own, trained = 0.0, total
+    if everything:
+        frozen = 0 if variant.startswith("full") else layers * qkv - trained_rows(heads)
+        own, trained = 2 * tokens * (layers * linear - frozen) + output, total - frozen
     elif variant == "masking_hooks":
-        own = 2 * tokens * layers * qkv
+        own, trained = 2 * tokens * layers * qkv, layers * qkv
     elif variant == "alps_heads":
-        own = 2 * tokens * trained_rows(heads)
+        own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
     elif variant == "lora_128":
-        rank = 128 * (3 * config.hidden_size + config.hidden_size + 2 * config.num_key_value_heads * config.head_dim)
-        own = 6 * tokens * layers * rank
-    return {"operations": forward + backward + own + 2 * output, "tokens": tokens}
+        trained = layers * 128 * (3 * hidden + attended + 2 * shared)
+        own, total = 6 * tokens * trained, total + trained
+    kept = 2 * hidden + 2 * attended + 2 * shared + 2 * wide + everything * (2 * hidden + wide)
+    activations = (layers - lowest) * tokens * kept + 2 * answer_tokens * config.vocab_size
+    return {
+        "operations": forward + backward + own + 2 * output,
+        "bytes": 4 * (total + 3 * trained + activations),
+        "tokens": tokens,
+    }
 
 
 def trained_rows(heads: object) -> int:
@@ -163,7 +179,7 @@ def trained_rows(heads: object) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--variant", choices=VARIANTS, help="measure one variant in this process and print it")
     arguments = parser.parse_args()
     if arguments.variant:
