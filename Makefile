@@ -2,14 +2,16 @@
 # make test        the same environment, and the tests
 # make test-faults the tests that take minutes: runs killed at random moments
 # make bench       speed and memory against what a user would pick instead (a quarter of an hour, alone on the machine)
+# make report      pages of a profile's results, every number a link to its runs: make report PROFILE=cpu
 # make lock        resolve pyproject.toml's ranges anew into requirements.lock
 # make clean       remove what make reproduce wrote (not the environment)
 
 PYTHON ?= python3
 VENV ?= .venv
+PROFILE ?= quick
 MADE = $(VENV)/.made
 
-.PHONY: reproduce test test-faults bench lint lock clean
+.PHONY: reproduce test test-faults bench report lint lock clean
 
 reproduce: $(MADE)
 	@$(VENV)/bin/alps-repro reproduce quick
@@ -22,6 +24,9 @@ test-faults: $(MADE)
 
 bench: $(MADE)
 	@for part in localization training harness table; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
+
+report: $(MADE)
+	@$(VENV)/bin/alps-repro report $(PROFILE)
 
 lint: $(MADE)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from alps_repro.evaluation import Evaluation, evaluate
     from alps_repro.heads import HeadLayout, HeadSelection
     from alps_repro.recipe import Profile, Recipe, check_parameters
-    from alps_repro.runs import evaluate_run, finetune_run, localize_run
+    from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
     from alps_repro.scores import HeadScores, localize
     from alps_repro.training import Finetuned, finetune
     from alps_repro.tuner import AlpsConfig
@@ -32,12 +32,15 @@ _WHERE = {
     "UserError": "errors",
     "check_parameters": "recipe",
     "evaluate": "evaluation",
+    "embed_run": "runs",
     "evaluate_run": "runs",
     "finetune": "training",
     "finetune_run": "runs",
+    "importance_run": "runs",
     "load_model": "checkpoints",
     "localize": "scores",
     "localize_run": "runs",
+    "recall_run": "runs",
 }
 
 __all__ = sorted(_WHERE)

@@ -162,19 +162,44 @@ def evaluate(
 
 
 @app.command()
-def table(results: Annotated[Path, typer.Argument(help="A results folder.")] = Path("results/quick")) -> None:
-    """Make the summary table of a results folder from its records."""
-    from alps_repro.tables import write_summary
+def table(
+    of: Annotated[str, typer.Argument(help="A results folder, or a profile (its name, or its file).")] = "quick",
+    tables: Annotated[list[str] | None, typer.Argument(help="Which of the profile's tables; all by default.")] = None,
+) -> None:
+    """Make tables from records: a folder's summary, or a profile's tables of the paper."""
+    from alps_repro.tables import write_paper_table, write_summary
 
-    _, paths = write_summary(results)
-    console.print(paths[1].read_text(), soft_wrap=True, markup=False)
-    for path in paths:
-        console.print(str(path), soft_wrap=True)
+    if tables is None and (Path(of) / "records").is_dir():
+        made = [write_summary(of)[1]]
+    else:
+        from alps_repro.recipe import Profile
+
+        profile = Profile.load(of)
+        made = [write_paper_table(profile, name) for name in tables or profile.tables]
+    for paths in made:
+        console.print(paths[1].read_text(), soft_wrap=True, markup=False)
+        for path in paths:
+            console.print(str(path), soft_wrap=True)
+
+
+@app.command()
+def figure(
+    profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")] = "quick",
+    figures: Annotated[list[str] | None, typer.Argument(help="Which of its figures; all by default.")] = None,
+) -> None:
+    """Make a profile's figures of the paper from its records."""
+    from alps_repro.figures import of_profile, write_figure
+    from alps_repro.recipe import Profile
+
+    settings = Profile.load(profile)
+    for name in figures or of_profile(settings):
+        for path in write_figure(settings, name):
+            console.print(str(path), soft_wrap=True)
 
 
 @app.command()
 def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or a path to one.")] = "quick") -> None:
-    """Execute a profile's notebooks and print what came out."""
+    """Make all of a profile's runs, tables, figures and notebooks, and print what came out."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from alps_repro.reproduce import reproduce as execute
@@ -184,20 +209,98 @@ def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or 
     with Progress(*columns, console=console, disable=not console.is_terminal) as steps:
 
         def say(line: str) -> None:
+            if not console.is_terminal:
+                console.print(line, markup=False, soft_wrap=True)
+                return
             for task in steps.tasks:
                 steps.update(task.id, total=1, completed=1)
-            if console.is_terminal:
+            if line.endswith(" ..."):
                 steps.add_task(line, total=None)
-            else:
-                console.print(line, markup=False, soft_wrap=True)
 
         results = execute(profile, say)
-        say("report made")
     console.print()
     console.print((results / "tables" / "summary.md").read_text(), soft_wrap=True, markup=False)
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Look at:")
     for what in ("tables/summary.md", "figures/heatmap.png", "notebooks/06_report.ipynb", "records"):
         console.print(f"  {results / what}", soft_wrap=True)
+
+
+@app.command()
+def report(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")] = "quick") -> None:
+    """Make a profile's report: static pages in which every number leads to its runs."""
+    from alps_repro.recipe import Profile
+    from alps_repro.report import write_report
+
+    console.print(str(write_report(Profile.load(profile))), soft_wrap=True)
+
+
+@app.command()
+def cite(
+    profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")],
+    table: Annotated[str, typer.Argument(help="One of its tables, such as table1.")],
+    row: Annotated[str, typer.Argument(help="A row of it, such as alps.")],
+    column: Annotated[str, typer.Argument(help="A column of it, such as avg.")],
+    model: Annotated[str | None, typer.Option(help="Where the profile has several.")] = None,
+) -> None:
+    """Print a number of a table with its interval, what was run for it, and BibTeX."""
+    from alps_repro.cite import cite as cited
+    from alps_repro.recipe import Profile
+
+    console.print(str(cited(Profile.load(profile), table, row, column, model)), soft_wrap=True, markup=False)
+
+
+@app.command()
+def verify(
+    record: Annotated[Path, typer.Argument(help="A record, such as results/quick/records/evaluate-....json.")],
+    results: Annotated[
+        Path | None, typer.Option(help="Folder to run in, in place of a temporary one; its finished runs are taken.")
+    ] = None,
+) -> None:
+    """Run a record's configuration again and hold the numbers against the record's."""
+    from alps_repro.cite import what_was_run
+    from alps_repro.verify import verify as verified
+
+    found = verified(record, results)
+    say = [what_was_run([found.record]), "", *found.told()]
+    console.print("\n".join(say), soft_wrap=True, markup=False)
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")],
+    card: Annotated[float, typer.Option(help="Memory of a GPU in GB, to hold the totals against.")] = 80.0,
+) -> None:
+    """Count a profile's runs, and what each kind of fine-tuning takes, before anything is run."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from alps_repro.plan import assumptions
+    from alps_repro.plan import plan as planned
+    from alps_repro.recipe import Profile
+
+    settings = Profile.load(profile)
+    kinds = planned(settings, card)
+    counts = ", ".join(f"{number} {name}" for name, number in kinds.attrs.items())
+    console.print(f"{counts}; {kinds['models'].sum():,.1f} GB of saved models", soft_wrap=True)
+    wide = Console(highlight=False, width=max(console.width, 132))  # rich would cut numbers where lines are shorter
+    names = {"weights": "weights", "copies": "copies", "gradients": "grads", "optimizer": "AdamW"}
+    names |= {"activations": "activ.", "logits": "logits", "total": "total"}
+    for model, rows in kinds.groupby("model", sort=False):
+        table = Table("method, scope", title=f"{model}, GB", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("runs", "trained, M", *names.values(), "fits", "tokens, M", "models", "beside"):
+            table.add_column(name, justify="right")
+        for row in rows.itertuples():
+            share = "" if row.ratio != row.ratio else f" {100 * row.ratio:g} %"  # NaN: the ratio changes nothing
+            base = "" if row.quantization == "none" else f", {row.quantization}"
+            trained = dict.fromkeys(f"{count / 1e6:,.1f}" for count in (row.trained_least, row.trained_most))
+            words = [f"{row.method}{share}, {row.scope}{base}", str(row.runs), "-".join(trained)]
+            words += [f"{getattr(row, name):.1f}" for name in names] + ["yes" if row.fits else "no"]
+            table.add_row(*words, f"{row.tokens / 1e6:,.2f}", f"{row.models:,.1f}", f"{row.checkpoints:.1f}")
+        wide.print(table)
+    for line in assumptions(settings):
+        console.print(line, soft_wrap=True)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,16 +67,41 @@ HUB: dict[str, HubDataset] = {
 
 @dataclass(frozen=True)
 class OfflineDataset:
-    """A `reasoning-gym` generator with one right answer per question; its lm-eval task has the same name."""
+    """A `reasoning-gym` generator with one right answer per question; its lm-eval task has the same name.
+
+    answer: pattern of what looks like an answer, case aside; the last one in what a model says is graded.
+    """
 
     generator: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
+    answer: str
 
+
+_RELATION = (
+    r"\b((?:grand)?(?:father|mother|son|daughter)(?:-in-law)?"
+    r"|husband|wife|brother|sister|uncle|aunt|nephew|niece|cousin)\b"
+)
+_NUMBER = r"(-?[0-9]+)"
+_WORDS = r"([\w'-]+(?:, *[\w'-]+)*)\W*$"
+_TWO_TERMS = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "max_digits": 2,
+    "operators": ["+", "-"],
+    "allow_parentheses": False,
+    "allow_negation": False,
+}
 
 OFFLINE: dict[str, OfflineDataset] = {
-    "family_relationships": OfflineDataset("family_relationships", {"max_family_size": 6}),
-    "chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}),
-    "spell_backward": OfflineDataset("spell_backward", {"max_word_len": 5}),
+    "family_relationships": OfflineDataset("family_relationships", {"max_family_size": 6}, _RELATION),
+    "large_families": OfflineDataset("family_relationships", {"min_family_size": 7, "max_family_size": 8}, _RELATION),
+    "chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}, _NUMBER),
+    "basic_arithmetic": OfflineDataset("basic_arithmetic", _TWO_TERMS, _NUMBER),
+    "gcd": OfflineDataset("gcd", {"max_value": 100}, _NUMBER),
+    "lcm": OfflineDataset("lcm", {"max_value": 60}, _NUMBER),
+    "short_word_reversal": OfflineDataset("word_sequence_reversal", {"min_words": 2, "max_words": 3}, _WORDS),
+    "word_reversal": OfflineDataset("word_sequence_reversal", {"min_words": 4, "max_words": 5}, _WORDS),
+    "spell_backward": OfflineDataset("spell_backward", {"max_word_len": 5}, r"([a-z]+)\W*$"),
 }
 
 #: Every data set that can be trained on.

@@ -22,11 +22,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known are: {', '.join(known)}."
 
 
-def one_of(what: str, word: str, known: Iterable[str]) -> None:
-    """Raise `UserError` unless `word` is one of `known`; `what` names its kind ("metric", "method", ...)."""
+def one_of(what: str, word: str, known: Iterable[str]) -> str:
+    """`word`, or `UserError` where it is not one of `known`; `what` names its kind ("metric", "method", ...)."""
     known = list(known)
     if word not in known:
         raise UserError(f"There is no {what} '{word}': {nearest(str(word), known)}")
+    return word
 
 
 def explained(error: BaseException) -> UserError | None:

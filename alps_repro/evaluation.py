@@ -7,7 +7,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,11 @@ from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.sandbox import run_program, why_not
+from alps_repro.tasks import knowledge
 
 if TYPE_CHECKING:
     import torch
     from lm_eval.tasks import TaskManager
-
-OFFLINE_TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,36 @@ BENCHMARKS: dict[str, Benchmark] = {
     "arc_challenge": Benchmark(0, ("acc,none",)),
 }
 
+
+@dataclass(frozen=True)
+class Knowledge:
+    """A task of general knowledge or language that needs no hub, to measure what fine-tuning cost elsewhere.
+
+    configuration: lm-eval's, made when it is asked for. metric: the name of the number that stands for the task.
+    summary: metrics that lm-eval does not make, from the task's samples and the model's way to make tokens of a text.
+    wraps: whether the template `alpaca` may be put around its questions.
+    """
+
+    configuration: Callable[[], dict[str, Any]]
+    metric: str
+    summary: Callable[[list[dict[str, Any]], Callable[[str], list[int]]], dict[str, float]] | None = None
+    higher_is_better: bool = True
+    wraps: bool = True
+
+
+KNOWLEDGE: dict[str, Knowledge] = {
+    "world_facts": Knowledge(knowledge.world_facts, "acc,none"),
+    "mmlu_dev": Knowledge(knowledge.mmlu_dev, "acc_by_subject,none", knowledge.by_subject),
+    "prose": Knowledge(
+        knowledge.prose, "nats_per_token,none", knowledge.nats_per_token, higher_is_better=False, wraps=False
+    ),
+}
+
 #: What may stand around lm-eval's own text.
 TEMPLATES = ("none", "alpaca")
+
+#: Questions of an offline task: those that count, and those that settings are chosen on.
+SPLITS = ("test", "validation")
 
 #: The number that stands for an offline task in tables; the strict one is kept beside it.
 OFFLINE_METRIC = "exact_match,flexible-extract"
@@ -70,9 +97,12 @@ OFFLINE_METRIC = "exact_match,flexible-extract"
 class Evaluation:
     """What `evaluate` found.
 
-    scores: {task: the number that stands for it, between 0 and 1}. results: {task: {lm-eval's metric: value}}, with
-        standard errors over items (`..._stderr`) where lm-eval gives them. samples: {task: one dict per question with
-        prompt, answer and grade}. versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers.
+    scores: {task: the number that stands for it, between 0 and 1; for prose, nats per token}. results: {task:
+        {lm-eval's metric: value}}, with standard errors over items (`..._stderr`) where there are any; of an offline
+        task also `answer_loglikelihood` (nats, mean over the right answers) and `answer_accuracy` (share of these that
+        are what the model would say greedily, token by token). samples: {task: one dict per question, by `doc_id`,
+        with prompt, answer and grade}. versions, shots, hashes: {task: ...}; a hash is over questions, prompts and
+        answers.
     """
 
     scores: dict[str, float]
@@ -114,12 +144,17 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def check_tasks(tasks: Sequence[str], allow_code: bool) -> None:
-    """Raise `UserError` where a task is unknown, or runs code without leave."""
-    known = [*OFFLINE, *BENCHMARKS]
+def check_tasks(tasks: Sequence[str], allow_code: bool, split: str = "test") -> None:
+    """Raise `UserError` where a task is unknown, runs code without leave, or has no such split."""
+    known = [*OFFLINE, *BENCHMARKS, *KNOWLEDGE]
     for task in tasks:
         if task not in known:
             raise UserError(f"There is no task '{task}': {nearest(task, known)}")
+        if split != "test" and task not in OFFLINE:
+            raise UserError(
+                f"The task '{task}' is asked on its test questions only: leave split='{split}' to offline tasks "
+                f"({', '.join(OFFLINE)})."
+            )
         if _runs_code(task) and not allow_code:
             raise UserError(
                 f"The task '{task}' runs code that the model wrote: say allow_code=True if this machine may run it, "
@@ -136,16 +171,18 @@ def evaluate(
     batch_size: int = 16,
     limit: int | None = None,
     template: str = "none",
+    split: str = "test",
     allow_code: bool = False,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
 
     model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`.
-    tasks: of `BENCHMARKS` (the paper's ten, with its shots) or `data.OFFLINE`.
+    tasks: of `BENCHMARKS` (the paper's ten, with its shots), `data.OFFLINE` or `KNOWLEDGE`.
     limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
     template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
-        tuned on. Offline tasks carry that template already and are never wrapped.
+        tuned on. Offline tasks carry that template already and are never wrapped; prose is none to be answered.
+    split: `validation` asks an offline task's other questions, for choosing settings; none of them is in `test`.
     allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
         in this process, only generates it.
 
@@ -155,7 +192,7 @@ def evaluate(
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
     one_of("template", template, TEMPLATES)
-    check_tasks(tasks, allow_code)
+    check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
     if any(_runs_code(task) for task in tasks) and (reason := why_not()):
         raise UserError(reason)
     if isinstance(model, (str, Path)):
@@ -164,7 +201,8 @@ def evaluate(
         raise UserError("A loaded model needs its tokenizer: pass tokenizer=...")
 
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from alps_repro.tasks.offline import PromptedLM
 
     shown = None if progress else "1"
     training, before = model.training, os.environ.get("TQDM_DISABLE")
@@ -178,16 +216,17 @@ def evaluate(
         tokenizer.chat_template = PROMPT.format(instruction="{{ messages | map(attribute='content') | join }}") + "\n"
     try:
         with kept_generators(), quiet():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            lm = PromptedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             manager = _manager(any(task in BENCHMARKS for task in tasks))
             found: dict[str, Any] = {}
             # lm-eval takes one number of shots a call, and wraps all of its tasks or none.
             wrap = template == "alpaca"
-            asked = {task: (_shots(task), wrap and task in BENCHMARKS, _runs_code(task)) for task in tasks}
+            asked = {task: (_shots(task), wrap and _wraps(task), _runs_code(task)) for task in tasks}
             for shots, wrapped, code in sorted(set(asked.values())):
+                alike = [task for task, how in asked.items() if how == (shots, wrapped, code)]
                 part = simple_evaluate(
                     model=lm,
-                    tasks=[task for task, how in asked.items() if how == (shots, wrapped, code)],
+                    tasks=[configuration for task in alike for configuration in _configurations(task, split)],
                     num_fewshot=shots,
                     task_manager=manager,
                     limit=limit,
@@ -202,6 +241,11 @@ def evaluate(
                     part["results"] = {task: _pass_at_1(task, rows) for task, rows in part["samples"].items()}
                 for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
                     found.setdefault(key, {}).update(part.get(key) or {})
+            for task in asked:
+                if task in OFFLINE:
+                    _add_answers(task, found)
+                elif task in KNOWLEDGE and (summary := KNOWLEDGE[task].summary):
+                    found["results"][task].update(summary(found["samples"][task], lm.tok_encode))
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -227,11 +271,32 @@ def evaluate(
     return _evaluation(found, tasks)
 
 
+def _configurations(task: str, split: str) -> list[Any]:
+    """What lm-eval is given for a task: the name of its own, or the configuration of one that is not."""
+    if task in OFFLINE:
+        from alps_repro.tasks import offline
+
+        return [offline.graded(task, split), offline.answers(task, split)]
+    return [KNOWLEDGE[task].configuration() if task in KNOWLEDGE else task]
+
+
+def _add_answers(task: str, found: dict[str, Any]) -> None:
+    """Put what lm-eval found of an offline task's right answers beside the grades of what the model said."""
+    name = f"{task}_answer"
+    for key in ("versions", "n-shot"):
+        del found[key][name]
+    metrics = found["results"].pop(name)
+    found["results"][task].update({key: value for key, value in metrics.items() if key.startswith("answer_")})
+    loglikelihoods = {row["doc_id"]: row["answer_loglikelihood"] for row in found["samples"].pop(name)}
+    for row in found["samples"][task]:
+        row["answer_loglikelihood"] = loglikelihoods[row["doc_id"]]
+
+
 @functools.cache  # lm-eval reads its 14,000 task files for one with its own tasks: 5 to 10 s
 def _manager(benchmarks: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(OFFLINE_TASKS), include_defaults=benchmarks)
+    return TaskManager(include_defaults=benchmarks)
 
 
 def _is_hub_error(error: BaseException) -> bool:
@@ -240,6 +305,10 @@ def _is_hub_error(error: BaseException) -> bool:
 
 def _shots(task: str) -> int:
     return BENCHMARKS[task].shots if task in BENCHMARKS else 0
+
+
+def _wraps(task: str) -> bool:
+    return task in BENCHMARKS or (task in KNOWLEDGE and KNOWLEDGE[task].wraps)
 
 
 def _runs_code(task: str) -> bool:
@@ -286,14 +355,18 @@ def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
     )
 
 
+def headline(task: str) -> tuple[str, ...]:
+    """The metrics whose mean is a task's score."""
+    if task in BENCHMARKS:
+        return BENCHMARKS[task].metrics
+    return (KNOWLEDGE[task].metric if task in KNOWLEDGE else OFFLINE_METRIC,)
+
+
 def _score(task: str, results: dict[str, dict[str, float]], groups: dict[str, list[str]]) -> float:
-    if task in OFFLINE:
-        return results[task][OFFLINE_METRIC]
-    benchmark = BENCHMARKS[task]
     rows = [results[task]]
-    if benchmark.macro:
+    if task in BENCHMARKS and BENCHMARKS[task].macro:
         rows = [results[name] for name in _leaves(task, groups)]
-    return float(np.mean([[row[metric] for metric in benchmark.metrics] for row in rows]))
+    return float(np.mean([[row[metric] for metric in headline(task)] for row in rows]))
 
 
 def _leaves(task: str, groups: dict[str, list[str]]) -> list[str]:

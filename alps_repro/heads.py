@@ -11,7 +11,7 @@ import json
 import math
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -47,12 +47,14 @@ class Architecture:
         group, each group's query heads, then its key, then its value (`grouped`: GPT-NeoX's interleaving, with one
         head a group, and all of Falcon's variants).
     transposed: stored as (input, output), as GPT-2's `Conv1D` does.
+    output: name of the projection behind attention, whose input is the heads' results in query head order.
     """
 
     attention: str
     projections: tuple[str, str, str]
     order: Literal["separate", "stacked", "grouped"] = "separate"
     transposed: bool = False
+    output: str = "o_proj"
 
 
 _SEPARATE = Architecture("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj"))
@@ -70,12 +72,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": _SEPARATE,
     "olmo2": _SEPARATE,
     "smollm3": _SEPARATE,
-    "phi": _SEPARATE,
-    "opt": _SEPARATE,
+    "phi": replace(_SEPARATE, output="dense"),
+    "opt": replace(_SEPARATE, output="out_proj"),
     "phi3": Architecture("layers.{}.self_attn", ("qkv_proj",) * 3, "stacked"),
-    "gpt2": Architecture("h.{}.attn", ("c_attn",) * 3, "stacked", transposed=True),
-    "gpt_neox": Architecture("layers.{}.attention", ("query_key_value",) * 3, "grouped"),
-    "falcon": Architecture("h.{}.self_attention", ("query_key_value",) * 3, "grouped"),
+    "gpt2": Architecture("h.{}.attn", ("c_attn",) * 3, "stacked", transposed=True, output="c_proj"),
+    "gpt_neox": Architecture("layers.{}.attention", ("query_key_value",) * 3, "grouped", output="dense"),
+    "falcon": Architecture("h.{}.self_attention", ("query_key_value",) * 3, "grouped", output="dense"),
 }
 
 
@@ -164,6 +166,15 @@ class HeadLayout:
     def modules(self, layer: int) -> tuple[str, ...]:
         """The distinct projections of a layer: three paths, or one where they are fused."""
         return tuple(dict.fromkeys(self.module(layer, part) for part in PARTS))
+
+    def output_module(self, layer: int) -> str:
+        """Path of the projection behind the attention of `layer`, from the decoder (see `PREFIXES`).
+
+        Its input (..., heads · head_dim) holds the heads' results one after the other in query head order: head `h`
+        lies at `h · head_dim` to `(h + 1) · head_dim`.
+        """
+        architecture = ARCHITECTURES[self.architecture]
+        return f"{architecture.attention.format(layer)}.{architecture.output}"
 
     def projection_rows(self, part: Part) -> int:
         """Number of output rows of the projection that holds `part`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import reprlib
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from alps_repro.checkpoints import QUANTIZATIONS
-from alps_repro.data import DATASETS
+from alps_repro.data import DATASETS, OFFLINE
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.evaluation import check_tasks
 from alps_repro.methods import METHODS, SCOPES
@@ -90,6 +91,7 @@ class Recipe(Settings):
     gradient_checkpointing: bool = False
     workers: int = Field(0, ge=0, description="processes that prepare batches; the result does not depend on it")
     examples: int | None = Field(None, gt=0, description="training examples; all of them where none is said")
+    data_share: float = Field(1.0, gt=0, le=1, description="share of the examples that is used")
     checkpoint_steps: int = Field(500, gt=0, description="steps between checkpoints that a stopped run resumes from")
 
     @model_validator(mode="after")
@@ -123,7 +125,7 @@ class FinetuneConfig(Settings):
         one_of("scope", self.scope, SCOPES)
         one_of("quantization", self.quantization, QUANTIZATIONS)
         check_ratio(self.ratio)
-        check_scope(self.scope, self.quantization)
+        check_scope(self.scope, self.quantization, self.method)
         if METHODS[self.method].uses_scores and self.localization is None:
             raise ValueError(f"The method '{self.method}' needs head scores: say which localization they come from.")
         return self
@@ -170,19 +172,62 @@ class EvaluateConfig(Settings):
     template: Literal["none", "alpaca"] = Field(
         "none", description="prompt template around lm-eval's own text; offline tasks carry the Alpaca template"
     )
+    split: Literal["test", "validation"] = Field(
+        "test", description="of offline tasks; validation questions are for choosing learning rates"
+    )
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         # Now rather than when the model has been tuned.
         one_of("quantization", self.quantization, QUANTIZATIONS)
-        check_tasks(self.tasks, self.allow_code)
+        check_tasks(self.tasks, self.allow_code, self.split)
         return self
 
     @property
     def name(self) -> str:
         model = self.model if isinstance(self.model, str) else self.model.name.rsplit("-", 1)[0]
         return _slug(f"{model}-on-{'+'.join(self.tasks)}-{self.digest}")
+
+
+class RecallConfig(Settings):
+    """How many of the heads that truly moved each metric finds, on copies of a model whose heads were moved."""
+
+    base: str
+    factors: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    share: float = Field(0.1, gt=0, lt=1, description="of the heads that are moved `factor` times further")
+    background: float = Field(1e-4, gt=0, description="standard deviation of the shift of every weight")
+
+    @property
+    def name(self) -> str:
+        return _slug(f"{self.base}-{self.digest}")
+
+
+class ImportanceConfig(Settings):
+    """What a task model loses with each of its heads silenced (Eq. 3), on validation questions of its data set."""
+
+    base: str
+    task_model: FinetuneConfig
+    questions: int = Field(64, gt=0)
+    batch_size: int = Field(16, gt=0)
+    head_matrix: str = "product"
+
+    @property
+    def name(self) -> str:
+        return _slug(f"{self.base}-{self.task_model.dataset}-{self.digest}")
+
+
+class EmbedConfig(Settings):
+    """Where a model puts the questions of data sets: the mean of its last hidden states (Figure 7)."""
+
+    base: str
+    datasets: tuple[str, ...]
+    questions: int = Field(100, gt=2, description="of each data set")
+
+    @property
+    def name(self) -> str:
+        return _slug(f"{self.base}-{'+'.join(self.datasets)}-{self.digest}")
 
 
 FinetuneConfig.model_rebuild()
@@ -198,53 +243,143 @@ def check_ratio(ratio: float) -> None:
         raise UserError(f"The ratio {ratio} is not in (0, 1]: give the share of heads to train, such as 0.1.")
 
 
-def check_scope(scope: str, quantization: str) -> None:
-    """Raise `UserError` where a scope cannot be trained on a quantized base."""
+def check_scope(scope: str, quantization: str, method: str) -> None:
+    """Raise `UserError` where a scope cannot be trained by a method, or on a quantized base."""
     if quantization != "none" and scope != "heads":
         raise UserError(
             f"With a base loaded in {quantization}, what lies outside the heads cannot be trained: use scope='heads'."
         )
+    if METHODS[method].rank and scope != "heads":
+        raise UserError(f"The method '{method}' trains LoRA and nothing else: use scope='heads'.")
+
+
+#: Where the task model of a localization comes from (ALPS, Table 10).
+SOURCES = {
+    "full": "full fine-tuning",
+    "ready_made": "a ready-made model (the profile's ready_made)",
+    "data_10pct": "full fine-tuning on 10 % of the examples, in 10 % of the steps",
+    "attn_only_10pct": "fine-tuning of q, k and v alone, about 10 % of the parameters",
+}
+
+
+class Run(Settings):
+    """One cell of the profile's grid: a model, a data set, and what is done there. `Profile.run` fills the defaults."""
+
+    base: str
+    dataset: str
+    method: str = Field(description="of METHODS, or vanilla: nothing is trained")
+    ratio: float
+    scope: str
+    seed: int
+    metric: str
+    head_matrix: str
+    heads_from: str = Field(description="the data set of the task model that the heads are localized on")
+    source: str = "full"
+    quantization: str = "none"
+    data_share: float = 1.0
+    learning_rate: float | None = None
+    max_steps: int | None = None
+
+
+class Family(Settings):
+    """Data sets of one kind of task: heads are found and trained on the first, and carried over to the second."""
+
+    datasets: tuple[str, ...] = Field(min_length=1, max_length=2)
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks; by default the offline task of the run's data set")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name in self.datasets:
+            one_of("data set", name, DATASETS)
+            if not self.tasks and name not in OFFLINE:
+                raise ValueError(f"The data set '{name}' has no task of its own: say which `tasks` its family has.")
+        return self
+
+
+class Coverage(Settings):
+    """What of the profile a table shows; None: all."""
+
+    families: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+class Search(Settings):
+    """Learning rates to try for a method on validation questions of the first family's first data set."""
+
+    method: str
+    scope: str
+    learning_rates: tuple[float, ...]
 
 
 class Profile(Settings):
-    """Everything the notebooks need that is not a notebook's own parameter; `profiles/NAME.yaml` holds the
-    differences from these defaults."""
+    """The grid of runs behind the paper's tables; `profiles/NAME.yaml` holds the differences from these defaults."""
 
     results: str
-    base: str
-    dataset: str
+    models: tuple[str, ...] = Field(min_length=1)
+    families: dict[str, Family] = Field(min_length=1)
+    tables: dict[str, Coverage] = Field(default_factory=dict, description="which tables are made, of what")
     quantization: str = "none"
-    methods: tuple[str, ...] = ("full", "alps", "random")
+    methods: tuple[str, ...] = ("full", "no_attn", "random", "layer_consistent", "lora", "alps")
     scope: str = "all"
     scopes: dict[str, str] = Field(default_factory=dict, description="scope by method, where it is not `scope`")
+    task_scope: str = Field("all", description="scope of the full fine-tuning that makes task models")
     ratio: float = 0.1
-    seed: int = 0
-    choice_seed: int = 0
+    ratios: tuple[float, ...] = Field((0.7, 0.5, 0.3), description="Table 3's, beside all heads, `ratio`, and none")
     metric: str = "pad"
+    metrics: tuple[str, ...] = Field(("cosine", "euclidean", "kl", "pad"), description="Table 2's")
     head_matrix: str = "product"
     tau: float = 1.0
     ground: str = "position"
+    ready_made: dict[str, str] = Field(default_factory=dict, description="{model: a ready-made task model}, Table 10")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="of training")
+    choice_seed: int = Field(1000, description="of random choices of heads, plus the training seed")
     recipe: Recipe = Recipe()
-    recipes: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="what a method's recipe has of its own"
+    recipes: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="{scope: {method or default: what its recipe has of its own}}"
     )
-    tasks: tuple[str, ...]
+    candidates: tuple[str, ...] = Field((), description="offline data sets that the families were chosen from")
+    search: tuple[Search, ...] = ()
+    search_limit: int = 200
+    search_seed: int = Field(90, description="of training in the search, apart from `seeds`")
     limit: int | None = None
     eval_batch_size: int = 16
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
+    score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")
+    knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, asked of Table 1's models")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        one_of("data set", self.dataset, DATASETS)
         one_of("quantization", self.quantization, QUANTIZATIONS)
-        check_ratio(self.ratio)
-        for method in (*self.methods, *self.recipes, *self.scopes):
+        for ratio in (self.ratio, *self.ratios):
+            check_ratio(ratio)
+        for method in (*self.methods, *self.scopes, *(entry.method for entry in self.search)):
             one_of("method", method, METHODS)
-        for scope in (self.scope, *self.scopes.values()):
+        for scope in (
+            self.scope,
+            self.task_scope,
+            *self.scopes.values(),
+            *self.recipes,
+            *(entry.scope for entry in self.search),
+        ):
             one_of("scope", scope, SCOPES)
+        for metric in (self.metric, *self.metrics):
+            check_metric(metric, self.head_matrix, self.tau if metric == self.metric else 1.0, "position")
         for own in self.recipes.values():
-            Recipe.check(**{**self.recipe.model_dump(), **own})
+            for method, settings in own.items():
+                one_of("method", method, ("default", *METHODS))
+                Recipe.check(**{**self.recipe.model_dump(), **settings})
+        for name in self.candidates:
+            one_of("offline data set", name, OFFLINE)
+        for coverage in self.tables.values():
+            for family in coverage.families or ():
+                one_of("family", family, self.families)
+            for method in coverage.methods or ():
+                one_of("method", method, METHODS)
+        check_tasks(self.knowledge, self.allow_code)
+        for family in self.families.values():
+            check_tasks(family.tasks, self.allow_code)
         return self
 
     @classmethod
@@ -274,55 +409,126 @@ class Profile(Settings):
         settings = {**settings, **{k: v for k, v in overrides.items() if v is not None}}
         return cls.check(**{str(k): v for k, v in settings.items()})
 
-    def for_method(self, method: str, *, scope: str | None = None, **recipe: Any) -> Profile:
-        """This profile with another scope or recipe for one method; what is None stays as it is."""
-        one_of("method", method, METHODS)
-        own = {**self.recipes.get(method, {}), **{k: v for k, v in recipe.items() if v is not None}}
-        scopes = {**self.scopes, **({} if scope is None else {method: scope})}
-        return Profile.check(**{**self.model_dump(), "recipes": {**self.recipes, method: own}, "scopes": scopes})
+    def family(self, dataset: str) -> str | None:
+        """The name of the family that a data set belongs to, or None."""
+        return next((name for name, family in self.families.items() if dataset in family.datasets), None)
 
-    def finetuning(self, method: str) -> FinetuneConfig:
-        """The fine-tuning run of a method, its localization included."""
-        one_of("method", method, METHODS)
-        uses_scores = METHODS[method].uses_scores
+    def run(self, **given: Any) -> Run:
+        """A run of this profile: `given` fields of `Run`, the profile's own for those that are not given or None."""
+        given = {name: value for name, value in given.items() if value is not None}
+        method = one_of("method", given.get("method", "alps"), ("vanilla", *METHODS))
+        rank = method != "vanilla" and METHODS[method].rank
+        dataset = given.get("dataset", next(iter(self.families.values())).datasets[0])
+        defaults = {
+            "base": self.models[0],
+            "dataset": dataset,
+            "method": method,
+            "ratio": self.ratio,
+            "scope": "heads" if rank else self.scopes.get(method, self.scope),
+            "seed": self.seeds[0],
+            "metric": self.metric,
+            "head_matrix": self.head_matrix,
+            "heads_from": dataset,
+            "quantization": self.quantization,
+        }
+        run = Run.check(**{**defaults, **given})
+        one_of("source", run.source, SOURCES)
+        one_of("scope", run.scope, SCOPES)
+        return run
+
+    def _recipe(self, run: Run) -> Recipe:
+        own = self.recipes.get(run.scope, {})
+        asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        recipe = {**self.recipe.model_dump(), **own.get("default", {}), **own.get(run.method, {}), **asked}
+        if run.data_share < 1 and recipe["max_steps"]:
+            # As many passes over the data as before; an offline data set is as long as its steps need it.
+            recipe["max_steps"] = math.ceil(recipe["max_steps"] * run.data_share)
+        elif run.data_share < 1:
+            recipe["data_share"] = run.data_share
+        return Recipe.check(**recipe)
+
+    def finetuning(self, run: Run) -> FinetuneConfig:
+        """The fine-tuning of a run, its localization included."""
+        method = METHODS[one_of("method", run.method, METHODS)]
         return FinetuneConfig.check(
-            base=self.base,
-            dataset=self.dataset,
-            method=method,
-            ratio=self.ratio if METHODS[method].uses_ratio else 1.0,
-            scope=self.scopes.get(method, self.scope),
-            quantization=self.quantization,
-            seed=self.seed,
-            choice_seed=self.choice_seed,
-            localization=self.localization() if uses_scores else None,
-            recipe=Recipe.check(**{**self.recipe.model_dump(), **self.recipes.get(method, {})}),
+            base=run.base,
+            dataset=run.dataset,
+            method=run.method,
+            ratio=run.ratio if method.uses_ratio else 1.0,
+            scope=run.scope,
+            quantization=run.quantization,
+            seed=run.seed,
+            choice_seed=self.choice_seed + run.seed if method.draws else 0,
+            localization=self.localization(run) if method.uses_scores else None,
+            recipe=self._recipe(run),
         )
 
-    def localization(self, task_model: str | None = None) -> LocalizeConfig:
-        """The localization; the task model is the `full` run in scope `all` unless another is named."""
-        if task_model is None:
-            whole = self.model_copy(update={"scope": "all", "scopes": {}, "quantization": "none"})
-            task_model = whole.finetuning("full")
+    def task_model(self, run: Run) -> Run | None:
+        """The run that makes the task model of a run's localization; None where that is a ready-made model."""
+        if run.source == "ready_made":
+            return None
+        scope = "heads" if run.source == "attn_only_10pct" else self.task_scope
+        return self.run(
+            base=run.base,
+            dataset=run.heads_from,
+            method="full",
+            scope=scope,
+            seed=run.seed,
+            quantization=self.quantization if scope == "heads" else "none",
+            data_share=0.1 if run.source == "data_10pct" else None,
+        )
+
+    def localization(self, run: Run, task_model: str | None = None) -> LocalizeConfig:
+        """The localization that a run's heads come from; `task_model` names another task model."""
+        own = METHODS[run.method].metric if run.method != "vanilla" else None
+        metric, head_matrix = own or (run.metric, run.head_matrix)
+        tuned = self.task_model(run)
+        if task_model is None and tuned is None and run.base not in self.ready_made:
+            raise UserError(f"The profile names no ready-made model for '{run.base}': add it to ready_made.")
         return LocalizeConfig.check(
-            base=self.base,
-            task_model=task_model,
-            metric=self.metric,
-            head_matrix=self.head_matrix,
-            tau=self.tau,
-            ground=self.ground,
+            base=run.base,
+            task_model=task_model or (self.finetuning(tuned) if tuned else self.ready_made[run.base]),
+            metric=metric,
+            head_matrix=head_matrix,
+            tau=self.tau if metric == self.metric else 1.0,
+            ground=self.ground if metric == "pad" else "position",
         )
 
-    def evaluation(self, method: str) -> EvaluateConfig:
-        """The evaluation of a method's model, or of the base where `method` is `vanilla`."""
-        one_of("method", method, ("vanilla", *METHODS))
+    def recall(self) -> RecallConfig:
+        """The test of the metrics on heads that were moved by a known amount."""
+        return RecallConfig.check(base=self.models[0])
+
+    def importance(self, dataset: str | None = None) -> ImportanceConfig:
+        """The importance (Eq. 3) of the heads of the task model of a data set."""
+        task_model = self.task_model(self.run(dataset=dataset))
+        if task_model is None:
+            raise UserError("A ready-made task model has no questions of its own: take a data set's task model.")
+        return ImportanceConfig.check(
+            base=task_model.base, task_model=self.finetuning(task_model), head_matrix=self.head_matrix
+        )
+
+    def embedding(self, model: str | None = None) -> EmbedConfig:
+        """The embeddings of all data sets of the profile."""
+        datasets = tuple(name for family in self.families.values() for name in family.datasets)
+        return EmbedConfig.check(base=model or self.models[0], datasets=datasets)
+
+    def evaluation(
+        self, run: Run, tasks: Sequence[str] | None = None, split: str = "test", limit: int | None = None
+    ) -> EvaluateConfig:
+        """The evaluation of a run's model on tasks; by default on those of its data set's family, or its own."""
+        if tasks is None:
+            family = self.family(run.dataset)
+            tasks = (self.families[family].tasks if family else ()) or (run.dataset,)
         return EvaluateConfig.check(
-            model=self.base if method == "vanilla" else self.finetuning(method),
-            tasks=self.tasks,
-            limit=self.limit,
+            model=run.base if run.method == "vanilla" else self.finetuning(run),
+            tasks=tuple(tasks),
+            limit=limit or self.limit,
             batch_size=self.eval_batch_size,
-            quantization=self.quantization,
+            quantization=run.quantization,
             template=self.template,
             allow_code=self.allow_code,
+            split=split,
         )
 
 

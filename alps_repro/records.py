@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from alps_repro.errors import UserError, explained
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.recipe import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    LocalizeConfig,
+    RecallConfig,
+)
 
 SCHEMA_VERSION = 1
 
@@ -50,6 +58,7 @@ class Provenance(Block):
 
     commit: str | None = Field(description="git commit of the package's checkout; null outside of one")
     dirty: bool | None = Field(description="whether tracked files differed from that commit")
+    code: str | None = Field(None, description="SHA-256 of the modules that measure, the same in all of a table")
     versions: dict[str, str]
     python: str
     system: str
@@ -69,14 +78,26 @@ class Cost(Block):
     total_parameters: int | None = None
 
 
+Config = LocalizeConfig | FinetuneConfig | EvaluateConfig | RecallConfig | ImportanceConfig | EmbedConfig
+
+KINDS = {
+    LocalizeConfig: "localize",
+    FinetuneConfig: "finetune",
+    EvaluateConfig: "evaluate",
+    RecallConfig: "recall",
+    ImportanceConfig: "importance",
+    EmbedConfig: "embed",
+}
+
+
 class Record(Block):
     """A run. `result` is empty where `status` is `failed`; `error` is the sentence that says why."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["localize", "finetune", "evaluate"]
+    kind: Literal["localize", "finetune", "evaluate", "recall", "importance", "embed"]
     name: str
     status: Literal["completed", "failed"]
-    config: LocalizeConfig | FinetuneConfig | EvaluateConfig
+    config: Config
     result: dict[str, Any] = Field(default_factory=dict)
     provenance: Provenance
     cost: Cost
@@ -138,7 +159,7 @@ def load_record(path: Path) -> Record:
     try:
         return Record.model_validate(stored)
     except ValidationError as error:
-        # A configuration is tried as each of its three kinds: a sentence of our own says more than a missing field.
+        # A configuration is tried as each of its kinds: a sentence of our own says more than a missing field.
         first = max(error.errors(), key=lambda entry: "error" in entry.get("ctx", {}))
         where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         raise UserError(
@@ -168,6 +189,18 @@ def _version(package: str) -> str | None:
 
 
 @functools.cache
+def _code() -> str:
+    """SHA-256 of what decides a run's result, given its configuration."""
+    package = Path(__file__).parent
+    measuring = ("heads", "checkpoints", "scores", "data", "methods", "training", "evaluation", "sandbox")
+    files = [*(package / f"{name}.py" for name in measuring), *(package / "tuner").glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *(package / "tasks").glob("*.*")]):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -186,6 +219,7 @@ def provenance(**hashes: dict[str, str]) -> Provenance:
     return Provenance(
         commit=_git("rev-parse", "HEAD"),
         dirty=None if status is None else bool(status),
+        code=_code(),
         versions={name: version for name in PACKAGES if (version := _version(name))},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -217,9 +251,9 @@ class Outcome(Block):
 
 
 @contextmanager
-def recorded(folder: Path, config: LocalizeConfig | FinetuneConfig | EvaluateConfig) -> Iterator[Outcome]:
+def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
     """Time a run and write its record when it ends, as `failed` where it ends by an exception, which goes on."""
-    kind = {LocalizeConfig: "localize", FinetuneConfig: "finetune", EvaluateConfig: "evaluate"}[type(config)]
+    kind = KINDS[type(config)]
     outcome, start = Outcome(), time.perf_counter()
 
     def write(status: Literal["completed", "failed"], error: str | None) -> Record:

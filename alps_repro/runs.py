@@ -11,23 +11,34 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alps_repro.checkpoints import is_adapter, model_hash, resolve
-from alps_repro.errors import UserError, explained
-from alps_repro.evaluation import BENCHMARKS, OFFLINE_METRIC, evaluate
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
-from alps_repro.records import Record, load_record, record_path, recorded, write_whole
+from alps_repro.checkpoints import is_adapter, load_model, model_hash, resolve
+from alps_repro.data import OFFLINE, data_hash, offline_splits, training_examples
+from alps_repro.embeddings import embed, principal
+from alps_repro.errors import UserError, explained, one_of
+from alps_repro.evaluation import evaluate, headline
+from alps_repro.importance import COMPARED, READINGS, importance, recall_by_metric
+from alps_repro.recipe import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    LocalizeConfig,
+    RecallConfig,
+)
+from alps_repro.records import KINDS, Config, Outcome, Record, load_record, record_path, recorded, write_whole
 from alps_repro.scores import HeadScores, localize
-from alps_repro.training import finetune
+from alps_repro.training import Collate, finetune, tokenize
 
 
-def _done(folder: Path, kind: str, config: LocalizeConfig | FinetuneConfig | EvaluateConfig) -> Record | None:
+def _done(folder: Path, kind: str, config: Config) -> Record | None:
     path = record_path(folder, kind, config.name)
     if not path.exists():
         return None
@@ -99,7 +110,7 @@ def _finetune(
             recipe=config.recipe,
             progress=progress,
         )
-        outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens}
+        outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens, "rank": tuned.rank}
         outcome.model_sha256["tuned"] = model_hash(tuned.path)
         if tuned.data_sha256:
             outcome.data_sha256[config.dataset] = tuned.data_sha256
@@ -147,9 +158,8 @@ def _localize(
 def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool = True) -> Record:
     """Evaluate as `config` says, unless that has been done; the fine-tuning is made first where it is missing."""
     results = Path(results)
-    samples = results / "samples" / f"{config.name}.jsonl"
     record = _done(results / "records", "evaluate", config)
-    if record is not None and samples.exists():
+    if record is not None:
         return record
     model: str | Path = config.model if isinstance(config.model, str) else ""
     tuning: Record | None = None
@@ -158,7 +168,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
     _prepare(results / "samples")
     with _held(results, "evaluate", config.name):
         record = _done(results / "records", "evaluate", config)
-        if record is not None and samples.exists():
+        if record is not None:
             return record
         return _evaluate(config, results, model, tuning, progress)
 
@@ -175,6 +185,7 @@ def _evaluate(
             limit=config.limit,
             template=config.template,
             allow_code=config.allow_code,
+            split=config.split,
             progress=progress,
         )
         samples = results / "samples" / f"{config.name}.jsonl"
@@ -186,9 +197,8 @@ def _evaluate(
             "questions": {task: len({row["doc_id"] for row in rows}) for task, rows in found.samples.items()},
             "shots": found.shots,
             "task_versions": found.versions,
-            "headline_metric": {
-                task: BENCHMARKS[task].metrics if task in BENCHMARKS else (OFFLINE_METRIC,) for task in config.tasks
-            },
+            "headline_metric": {task: headline(task) for task in config.tasks},
+            "per_question": {task: _per_question(task, rows) for task, rows in found.samples.items()},
             "samples": samples.name,
         }
         outcome.data_sha256 = found.hashes
@@ -201,6 +211,98 @@ def _evaluate(
         if is_adapter(folder) and tuning is not None:
             outcome.model_sha256["base"] = tuning.provenance.model_sha256["base"]
     return outcome.record
+
+
+def _per_question(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a paired test needs of each question, in the order of `doc_id`: small enough to be kept in the record.
+
+    correct: a digit a question, by the number that stands for the task. answer_loglikelihood: of the right answer,
+    nats, to seven digits. loglikelihood and tokens: of a passage of prose.
+    """
+    metric, _, graded = headline(task)[0].partition(",")
+    rows = sorted((row for row in rows if row.get("filter", "none") in (graded, "none")), key=lambda row: row["doc_id"])
+    found: dict[str, Any] = {}
+    correct = [row.get(metric, row.get("acc")) for row in rows]
+    if all(value in (0, 1) for value in correct):
+        found["correct"] = "".join(str(int(value)) for value in correct)
+    for name in ("answer_loglikelihood", "loglikelihood", "tokens"):
+        if rows and all(name in row for row in rows):
+            found[name] = [float(f"{row[name]:.7g}") for row in rows]
+    return found
+
+
+def _made_once(config: Config, results: str | Path, make: Callable[[Path, Outcome], None]) -> Record:
+    """The record of a run that leaves nothing else; `make` fills it in where it is not there."""
+    results = Path(results)
+    kind = KINDS[type(config)]
+    if (record := _done(results / "records", kind, config)) is not None:
+        return record
+    _prepare(results / "records")
+    with _held(results, kind, config.name):
+        if (record := _done(results / "records", kind, config)) is not None:
+            return record
+        with recorded(results / "records", config) as outcome:
+            outcome.model_sha256["base"] = model_hash(resolve(config.base))
+            make(results, outcome)
+        return outcome.record
+
+
+def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = True) -> Record:
+    """How many moved heads each metric finds; `result["rows"]` is the table that `recall_by_metric` gives."""
+
+    def make(results: Path, outcome: Outcome) -> None:
+        found = recall_by_metric(
+            config.base,
+            factors=config.factors,
+            seeds=config.seeds,
+            share=config.share,
+            background=config.background,
+            progress=progress,
+        )
+        outcome.result = {"rows": found.to_dict("records")}
+
+    return _made_once(config, results, make)
+
+
+def importance_run(config: ImportanceConfig, results: str | Path, *, progress: bool = True) -> Record:
+    """Importance and scores of the heads of a task model, which is made first where it is missing.
+
+    `result["importance"]`: nats per counted token, (layers, heads). `result["scores"]`: {metric: (layers, heads)}.
+    """
+
+    def make(results: Path, outcome: Outcome) -> None:
+        folder = finetune_run(config.task_model, results, progress=progress)[1]
+        model, tokenizer = load_model(folder)
+        from datasets import Dataset
+
+        questions = Dataset.from_list(offline_splits(config.task_model.dataset)["validation"][: config.questions])
+        rows = list(tokenize(questions, tokenizer, config.task_model.recipe.max_length))
+        collate = Collate(tokenizer.pad_token_id, "response")
+        starts = range(0, len(rows), config.batch_size)
+        lost = importance(model, [collate(rows[i : i + config.batch_size]) for i in starts], progress=progress)
+        scores = {
+            name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
+            for name in COMPARED
+        }
+        outcome.model_sha256["task"] = model_hash(folder)
+        outcome.data_sha256[config.task_model.dataset] = data_hash(questions)
+        outcome.result = {"importance": lost.tolist(), "scores": scores}
+
+    one_of("offline data set", config.task_model.dataset, OFFLINE)
+    return _made_once(config, results, make)
+
+
+def embed_run(config: EmbedConfig, results: str | Path, *, progress: bool = True) -> Record:
+    """Where a model puts the questions of data sets; `result`: {data set: three principal coordinates a question}."""
+
+    def make(results: Path, outcome: Outcome) -> None:
+        model, tokenizer = load_model(config.base)
+        asked = {name: training_examples(name, size=config.questions)["instruction"] for name in config.datasets}
+        outcome.result = {
+            name: points.tolist() for name, points in principal(embed(model, tokenizer, asked, progress)).items()
+        }
+
+    return _made_once(config, results, make)
 
 
 def _prepare(folder: Path) -> None:

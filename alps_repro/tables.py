@@ -1,15 +1,24 @@
-"""Tables, made from records alone: CSV with plain numbers, Markdown and LaTeX to be read."""
+"""Tables, made from records alone: CSV with plain numbers, Markdown and LaTeX to be read.
+
+`summary` is a row per evaluation of a results folder. `paper_table` is one of the paper's, in the paper's layout:
+the grid of `experiments` says which records it needs, and nothing else is looked at.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError
+from alps_repro.evaluation import KNOWLEDGE
+from alps_repro.experiments import TABLES, Cell, cells
 from alps_repro.methods import METHODS
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig
-from alps_repro.records import Record, load_records, write_whole
+from alps_repro.paper import reported
+from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Profile
+from alps_repro.records import Record, load_record, load_records, record_path, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,11 +32,19 @@ def interval(score: float, questions: int) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
+def over_seeds(scores: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean over training seeds (Student's t, seeds - 1 degrees of freedom)."""
+    from scipy.stats import sem, t
+
+    return float(t.ppf(0.975, len(scores) - 1) * sem(scores))
+
+
 def summary(records: Iterable[Record]) -> pd.DataFrame:
     """One row per evaluated model and task: what was trained, how it scores, what its training took.
 
     Columns: base, dataset, method, ratio, scope, quantization, seed, task, score, low, high (95 % over questions),
-    strict, questions, trained_parameters, trained_share, training_seconds, record. Scores are in percent.
+    strict, log_likelihood (of right answers, nats), questions, trained_parameters, trained_share, training_seconds,
+    record. Scores are in percent.
     """
     import pandas as pd
 
@@ -55,6 +72,7 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
                     "low": None if low is None else 100 * low,
                     "high": None if high is None else 100 * high,
                     "strict": None if strict is None else 100 * strict,
+                    "log_likelihood": record.result["metrics"][task].get("answer_loglikelihood,none"),
                     "questions": questions,
                     "trained_parameters": cost.trained_parameters if tuned else 0,
                     "trained_share": cost.trained_parameters / cost.total_parameters if tuned else 0.0,
@@ -81,13 +99,7 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "method": table["method"],
-            "trains": [
-                "nothing"
-                if row.method == "vanilla"
-                else f"{'all' if pd.isna(row.ratio) else f'{row.ratio:.0%} of'} heads"
-                + (" and everything else" if row.scope == "all" else " only")
-                for row in table.itertuples()
-            ],
+            "trains": [_trains(row) for row in table.itertuples()],
             "trained parameters": [
                 f"{row.trained_parameters:,} ({row.trained_share:.1%})" for row in table.itertuples()
             ],
@@ -97,20 +109,224 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
                 "–" if pd.isna(row.low) else f"{row.low:.1f} to {row.high:.1f}" for row in table.itertuples()
             ],
             "strict, %": [cell(value, "{:.1f}") for value in table["strict"]],
+            "log-likelihood, nats": [cell(value, "{:.2f}") for value in table["log_likelihood"]],
             "questions": [cell(value, "{}") for value in table["questions"]],
             "training, s": [cell(value, "{:.0f}") for value in table["training_seconds"]],
         }
     )
 
 
+def _trains(row: Any) -> str:
+    import pandas as pd
+
+    if row.method == "vanilla":
+        return "nothing"
+    if METHODS[row.method].rank:
+        return "LoRA on q, k, v"
+    share = "all" if pd.isna(row.ratio) else f"{row.ratio:.0%} of"
+    return f"{share} heads" + (" and everything else" if row.scope == "all" else " only")
+
+
+def measured(profile: Profile, table: str) -> pd.DataFrame:
+    """What the records say of a table: one row per cell, task and seed that has been measured.
+
+    Columns: model, row, family, task, seed, score (as lm-eval gives it, between 0 and 1, or nats), log_likelihood (of
+    right answers, nats; NaN where there is none), questions, record, code.
+
+    Raises:
+        UserError: nothing has been measured, or the records come from two versions of the measuring code.
+    """
+    import pandas as pd
+
+    folder = Path(profile.results) / "records"
+    rows: list[dict[str, Any]] = []
+    for cell in cells(profile, table):
+        path = record_path(folder, "evaluate", cell.config.name)
+        if path.exists():
+            rows += _rows(cell, load_record(path))
+    if not rows:
+        raise UserError(f"No run of {table} is in '{folder}' yet: run the profile, then make its tables.")
+    # What trains nothing is one record, whatever the seed of the row.
+    found = pd.DataFrame(rows).drop_duplicates(["model", "row", "family", "task", "record"], ignore_index=True)
+    codes = {code: names[0] for code, names in found.groupby("code")["record"].unique().items()}
+    if len(codes) > 1:
+        raise UserError(
+            f"The records of {table} come from {len(codes)} versions of the measuring code (such as those of "
+            f"{' and '.join(codes.values())}): remove the older ones and run again."
+        )
+    return found
+
+
+def _rows(cell: Cell, record: Record) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": cell.base,
+            "row": cell.row,
+            "family": cell.family,
+            "task": task,
+            "seed": cell.seed,
+            "score": record.result["scores"][task],
+            "log_likelihood": record.result["metrics"][task].get("answer_loglikelihood,none", math.nan),
+            "questions": record.result["questions"].get(task),
+            "record": record.name,
+            "code": record.provenance.code,
+        }
+        for task in cell.tasks
+    ]
+
+
+def paper_table(profile: Profile, table: str) -> pd.DataFrame:
+    """One of the paper's tables, long: a row per model, row and column, in the order of the grid.
+
+    Columns: model, row, column (a task, a family, or `avg`), mean (percent, or nats for a loss), half_width (of the
+    95 % interval), spread (`seeds`, or `questions` where there is one training seed), seeds, best (of its column,
+    vanilla left out), against_full (the difference to the row `full`), log_likelihood (mean over seeds of the right
+    answers', nats), reported and difference (the paper's number where the model is the same, and ours minus it),
+    records (names, joined by spaces).
+    """
+    import pandas as pd
+
+    found = measured(profile, table)
+    found["column"] = found["family"] if TABLES[table].by_family else found["task"]
+    found["loss"] = found["task"].map(lower_is_better)
+    found["value"] = found["score"].where(found["loss"], 100 * found["score"])
+    keys = ["model", "row", "column"]
+    one = found.groupby([*keys, "seed"], sort=False, dropna=False)
+    # One number a seed: the mean over a column's tasks, or over the families whose models were asked the same.
+    seeds = one.agg(value=("value", "mean"), log_likelihood=("log_likelihood", "mean"), loss=("loss", "first"))
+    seeds = seeds.join(one["questions"].sum()).join(one["record"].unique()).reset_index()
+    full = seeds[~seeds["loss"]].groupby(["model", "row", "seed"], sort=False, dropna=False)
+    if not TABLES[table].by_family or found["family"].nunique() > 1:
+        columns = found.loc[~found["loss"], "column"].nunique()
+        average = full.agg(value=("value", "mean"), questions=("questions", "sum"), parts=("column", "nunique"))
+        average = average[average["parts"] == columns].drop(columns="parts").reset_index()  # nothing is left out of it
+        average["record"] = [[] for _ in range(len(average))]
+        if columns > 1 and len(average):
+            seeds = pd.concat([seeds, average.assign(column="avg", loss=False)], ignore_index=True)
+    rows = [_entry(key, group) for key, group in seeds.groupby(keys, sort=False)]
+    out = pd.DataFrame(rows)
+    out = _against_full(out.merge(_reported(table), how="left", on=keys))
+    order = {name: i for names in (dict.fromkeys(found[k]) for k in keys) for i, name in enumerate(names)} | {
+        "avg": 999
+    }
+    return out.sort_values(keys, key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
+
+
+def lower_is_better(task: str) -> bool:
+    """Whether a task's score is a loss."""
+    return task in KNOWLEDGE and not KNOWLEDGE[task].higher_is_better
+
+
+def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
+    values, questions = list(seeds["value"]), seeds["questions"].sum()
+    half, spread = math.nan, ""
+    if len(values) > 1:
+        half, spread = over_seeds(values), "seeds"
+    elif not seeds["loss"].iloc[0] and questions:
+        low, high = interval(values[0] / 100, int(questions))
+        half, spread = 50 * (high - low), "questions"
+    return {
+        **dict(zip(("model", "row", "column"), key)),
+        "mean": sum(values) / len(values),
+        "half_width": half,
+        "spread": spread,
+        "seeds": seeds["seed"].notna().sum(),
+        "loss": bool(seeds["loss"].iloc[0]),
+        "log_likelihood": seeds["log_likelihood"].mean(),
+        "records": " ".join(dict.fromkeys(name for names in seeds["record"] for name in names)),
+    }
+
+
+def _against_full(table: pd.DataFrame) -> pd.DataFrame:
+    """Add `best` and `against_full`, and the difference to what the paper reports."""
+    full = table[table["row"].isin(("full", "100"))].set_index(["model", "column"])["mean"]
+    keys = list(zip(table["model"], table["column"]))
+    table["against_full"] = table["mean"] - [full.get(key, math.nan) for key in keys]
+    signed = table["mean"].where(~table["loss"], -table["mean"]).where(table["row"] != "vanilla")
+    table["best"] = signed == signed.groupby([table["model"], table["column"]]).transform("max")
+    table["difference"] = table["mean"] - table["reported"]
+    return table.drop(columns="loss")
+
+
+def _reported(table: str) -> pd.DataFrame:
+    """The paper's numbers for a table, by the names that models and tasks have here."""
+    paper = reported()
+    paper = paper[paper["table"] == TABLES[table].reported].copy()
+    paper["model"] = "meta-llama/" + paper["model"]
+    names = {"gpqa": "gpqa_main_zeroshot", "math": "math" if TABLES[table].by_family else "hendrycks_math"}
+    paper["column"] = paper["benchmark"].replace(names)
+    paper["row"] = paper["setting"]
+    if paper["train_task"].notna().any():
+        paper["row"] = paper["setting"] + "/" + paper["train_task"]
+    return paper.rename(columns={"value": "reported"})[["model", "row", "column", "reported"]]
+
+
+def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
+    """A paper table as it is printed: a line per model and row, a column per benchmark.
+
+    Cells: mean ± half the width of the 95 % interval, an arrow for above or below `full`, the best in bold
+    (Markdown's), and in brackets the paper's number where it has one.
+    """
+    import pandas as pd
+
+    def cell(row: Any) -> str:
+        text = f"{row.mean:.2f}"
+        if not math.isnan(row.half_width):
+            text += f" ± {row.half_width:.2f}"
+        text = f"**{text}**" if row.best else text
+        if row.row not in ("full", "100", "vanilla") and not math.isnan(row.against_full):
+            text += " ↑" if row.against_full > 0 else " ↓" if row.against_full < 0 else " ="
+        return text if pd.isna(row.reported) else f"{text} (paper {row.reported:.2f})"
+
+    shown = table.assign(cell=[cell(row) for row in table.itertuples()])
+    lines = list(dict.fromkeys(zip(shown["model"], shown["row"])))
+    wide = shown.pivot(index=["model", "row"], columns="column", values="cell")
+    wide = wide.loc[lines, list(dict.fromkeys(shown["column"]))]
+    return wide.fillna("–").rename_axis(columns=None).reset_index()
+
+
+def spread_note(table: pd.DataFrame) -> str:
+    """One sentence on what the intervals of a paper table are over."""
+    found = [name for name in dict.fromkeys(table["spread"]) if name]
+    seeds = sorted({int(n) for n in table.loc[table["spread"] == "seeds", "seeds"]})
+    parts = {
+        "seeds": f"{' or '.join(map(str, seeds))} training seeds (Student's t)",
+        "questions": "questions, where there is one training seed or nothing was trained (Wilson)",
+    }
+    return f"± is half the width of the 95 % interval over {'; or over '.join(parts[name] for name in found)}."
+
+
+def write_paper_table(profile: Profile, table: str) -> list[Path]:
+    """Make `tables/TABLE.csv`, .md and .tex of a profile from its records; returns their paths."""
+    long = paper_table(profile, table)
+    shown = paper_layout(long)
+    note = spread_note(long)
+    markdown = f"**{TABLES[table].title}.** {note}\n\n{shown.to_markdown(index=False, disable_numparse=True)}"
+    latex = shown.map(lambda text: re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", _latex(text)))
+    latex.columns = [_latex(name) for name in latex.columns]
+    tex = f"% {note}\n" + latex.to_latex(index=False, escape=False)
+    return _write(Path(profile.results) / "tables", table, long, markdown, tex)
+
+
+def _latex(text: str) -> str:
+    for sign, command in {"_": r"\_", "%": r"\%", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}.items():
+        text = text.replace(sign, command)
+    return text
+
+
 def write(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write `name`.csv, .md and .tex; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a summary as `name`.csv, .md and .tex; returns their paths."""
     shown = to_read(table)
+    tex = shown.to_latex(index=False, escape=True)
+    return _write(folder, name, table, shown.to_markdown(index=False, disable_numparse=True), tex)
+
+
+def _write(folder: Path, name: str, plain: pd.DataFrame, markdown: str, tex: str) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "csv": table.to_csv(index=False, lineterminator="\n"),
-        "md": shown.to_markdown(index=False, disable_numparse=True) + "\n",
-        "tex": shown.to_latex(index=False, escape=True),
+        "csv": plain.to_csv(index=False, lineterminator="\n"),
+        "md": markdown + "\n",
+        "tex": tex,
     }
     for suffix, text in texts.items():
         write_whole(folder / f"{name}.{suffix}", text)

@@ -33,7 +33,7 @@ class Finetuned:
 
     path: the folder with the tuned model, a whole checkpoint (scope `all`) or an adapter (scope `heads`); the base's
         own folder where there was nothing to train. losses: mean loss in nats per counted token, one per optimizer
-        step. heads: what was trained of attention. tokens: seen in training, padding left out.
+        step. heads: whose rows were trained; rank: of LoRA, where that was. tokens: seen in training, padding left out.
     """
 
     path: Path
@@ -43,6 +43,7 @@ class Finetuned:
     total_parameters: int
     tokens: int
     data_sha256: str
+    rank: int | None = None
 
 
 def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
@@ -103,8 +104,12 @@ class Collate:
         }
 
 
-def trainable(model: torch.nn.Module, heads: HeadSelection | None, scope: str) -> torch.nn.Module:
-    """Prepare a model so that exactly what a scope and a selection say is trained.
+def trainable(
+    model: torch.nn.Module, heads: HeadSelection | None, scope: str, rank: int | None = None
+) -> torch.nn.Module:
+    """Prepare a model so that exactly what a scope and a selection say is trained, or LoRA of a rank on q, k and v.
+
+    LoRA's scale is 1 (lora_alpha equal to the rank) at every rank.
 
     Returns:
         scope `heads`: a `peft.PeftModel`. Scope `all`: the model, or, where only some heads are trained, an
@@ -112,6 +117,17 @@ def trainable(model: torch.nn.Module, heads: HeadSelection | None, scope: str) -
         everything that trains.
     """
     layout = HeadLayout.of(model)
+    prefix = layout.prefix(name for name, _ in model.named_modules())
+    modules = [prefix + path for layer in range(layout.layers) for path in layout.modules(layer)]
+    if rank is not None:
+        from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
+
+        stored_transposed = isinstance(model.get_submodule(modules[0]), Conv1D)
+        lora = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=modules, task_type="CAUSAL_LM", fan_in_fan_out=stored_transposed
+        )
+        return get_peft_model(model, lora)
     if scope == "heads":
         from peft import get_peft_model
 
@@ -122,9 +138,7 @@ def trainable(model: torch.nn.Module, heads: HeadSelection | None, scope: str) -
             return get_peft_model(model, AlpsConfig(heads=heads, task_type="CAUSAL_LM"))
     if heads is not None and len(heads) == layout.total:
         return model.requires_grad_(True)
-    prefix = layout.prefix(name for name, _ in model.named_modules())
-    attention = [model.get_submodule(prefix + m) for layer in range(layout.layers) for m in layout.modules(layer)]
-    frozen = {id(p) for module in attention for p in module.parameters()}
+    frozen = {id(p) for path in modules for p in model.get_submodule(path).parameters()}
     tuned = model
     if heads is not None:
         from alps_repro.tuner import AlpsConfig, AlpsModel
@@ -183,8 +197,8 @@ def finetune(
     method: one of `METHODS`, at `ratio`; `scores` (or a file of them) for those that use a localization. `heads`
         takes a selection of your own in place of the method's.
     scope: `all` trains everything outside q/k/v too, as the paper does, and saves a checkpoint; `heads` trains
-        nothing else and saves an adapter. `full` in scope `heads` means all heads; `no_attn` in scope `heads` is the
-        base itself, and nothing is trained.
+        nothing else and saves an adapter, as LoRA always does. There `full` means all heads, and `no_attn` is
+        the base itself: nothing is trained.
     quantization: `none`, `8bit` or `4bit`; with the last two only scope `heads`.
     seed: order of the examples and which of them are drawn; choice_seed: which heads the random methods draw.
     recipe: the paper's by default.
@@ -197,7 +211,7 @@ def finetune(
     one_of("method", method, METHODS)
     one_of("scope", scope, SCOPES)
     one_of("quantization", quantization, QUANTIZATIONS)
-    check_scope(scope, quantization)
+    check_scope(scope, quantization, method)
     if output.exists():
         raise UserError(f"'{output}' exists already: remove it or choose another folder for the tuned model.")
 
@@ -211,19 +225,27 @@ def finetune(
     dtype = torch.float32 if scope == "all" or not gpu else None
     model, tokenizer = load_model(base, quantization, dtype=dtype)
     layout = HeadLayout.of(model)
+    rank = None
     if heads is None:
         stored = HeadScores.load(scores) if isinstance(scores, (str, Path)) else scores
-        heads = METHODS[method].select(layout, ratio, stored, choice_seed)
+        if METHODS[method].uses_scores and stored is None:
+            raise UserError(f"The method '{method}' needs head scores: localize first and pass them as scores.")
+        if METHODS[method].rank:
+            rank = METHODS[method].rank(layout, ratio, stored)
+        else:
+            heads = METHODS[method].select(layout, ratio, stored, choice_seed)
     total = sum(p.numel() for p in model.parameters()) if quantization == "none" else model.num_parameters()
-    if heads is None and scope == "heads":
+    if heads is None and rank is None and scope == "heads":
         return Finetuned(resolve(base), (), (), 0, total, 0, "")
 
     if isinstance(dataset, str):
         size = recipe.examples or (recipe.max_steps and recipe.max_steps * recipe.batch_size)
         dataset = training_examples(dataset, size=size, seed=seed)
+    if recipe.data_share < 1:
+        dataset = dataset.shuffle(seed=seed).select(range(math.ceil(recipe.data_share * len(dataset))))
     train_set, sha256 = tokenize(dataset, tokenizer, recipe.max_length), data_hash(dataset)
     model.config.use_cache = False
-    tuned = trainable(model, heads, scope)
+    tuned = trainable(model, heads, scope, rank)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
     checkpoints = output.with_name(output.name + ".checkpoints")
@@ -279,6 +301,7 @@ def finetune(
     asked = {
         "base": str(base),
         "heads": chosen,
+        "rank": rank,
         "scope": scope,
         "quantization": quantization,
         "seed": seed,
@@ -293,7 +316,7 @@ def finetune(
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
     tokens = int(result.metrics.get("train_num_tokens", 0)) or _tokens(train_set, trainer.state.epoch)
-    return Finetuned(output, losses, chosen, trained, total, tokens, sha256)
+    return Finetuned(output, losses, chosen, trained, total, tokens, sha256, rank)
 
 
 def _show_bar_only(trainer: Any) -> None:

@@ -97,7 +97,8 @@ def harness(found: dict) -> list[tuple[str, str, str, str, str]]:
         (
             "profile `quick`, whole",
             f"{quick['whole'] / 60:.1f} min",
-            f"of it training {quick['finetune']:.0f} s, evaluating {quick['evaluate']:.0f} s, localizing {quick['localize']:.1f} s",
+            f"of it training {quick['finetune']:.0f} s, evaluating {quick['evaluate']:.0f} s, "
+            f"localizing {quick['localize']:.1f} s",
             "",
             "",
         ),

@@ -22,10 +22,11 @@ from tiny_models import tiny_checkpoint
 
 from alps_repro import evaluation
 from alps_repro.checkpoints import load_model
-from alps_repro.data import OFFLINE, PROMPT, offline_splits
+from alps_repro.data import OFFLINE, PROMPT, VALIDATION_SIZE, offline_splits
 from alps_repro.errors import UserError
-from alps_repro.evaluation import BENCHMARKS, OFFLINE_METRIC, OFFLINE_TASKS, Evaluation, _score, evaluate
+from alps_repro.evaluation import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS, Evaluation, _score, evaluate
 from alps_repro.sandbox import why_not
+from alps_repro.tasks import offline
 
 #: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
 try:
@@ -74,8 +75,8 @@ def test_offline_tasks_give_results_errors_and_samples(tiny: Path) -> None:
         assert len(found.hashes[task]) == 64
 
 
-def test_standard_error_is_that_of_a_proportion(tiny: Path, tmp_path: Path) -> None:
-    """On graded answers that are not all alike: a model that always says the same is right now and then."""
+def always_five(tiny: Path) -> tuple[Any, Any]:
+    """A model that answers "5" whatever it is asked, and its tokenizer."""
     model, tokenizer = load_model(tiny)
     digit, end = tokenizer.convert_tokens_to_ids("5"), tokenizer.eos_token_id
     # The last token alone decides: after a line break "5", after "5" the end.
@@ -87,6 +88,12 @@ def test_standard_error_is_that_of_a_proportion(tiny: Path, tmp_path: Path) -> N
         for row, (token, answer) in enumerate([(tokenizer.convert_tokens_to_ids("\n"), digit), (digit, end)]):
             model.model.embed_tokens.weight[token, row] = 1
             model.lm_head.weight[answer, row] = 1
+    return model, tokenizer
+
+
+def test_standard_error_is_that_of_a_proportion(tiny: Path) -> None:
+    """On graded answers that are not all alike: a model that always says the same is right now and then."""
+    model, tokenizer = always_five(tiny)
     found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=200, progress=False)
     right = np.mean([row["response"] == "5" for row in offline_splits("chain_sum")["test"][:200]])
     assert 0 < right < 1
@@ -94,6 +101,92 @@ def test_standard_error_is_that_of_a_proportion(tiny: Path, tmp_path: Path) -> N
     expected = math.sqrt(right * (1 - right) / 199)
     assert found.results["chain_sum"]["exact_match_stderr,flexible-extract"] == pytest.approx(expected)
     assert {row["resps"][0][0] for row in found.samples["chain_sum"]} == {"5"}
+
+
+# The right answers
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("task", OFFLINE)
+def test_log_likelihood_of_right_answers_by_hand(loaded: tuple[Any, Any], task: str, batch_size: int) -> None:
+    """The model's own logits on prompt and answer as training joins them."""
+    model, tokenizer = loaded
+    found = evaluate(model, [task], tokenizer=tokenizer, limit=7, batch_size=batch_size, progress=False)
+    expected = []
+    for question in offline_splits(task)["test"][:7]:
+        prompt = tokenizer(PROMPT.format(**question)).input_ids
+        answer = tokenizer(question["response"], add_special_tokens=False).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected.append(float(logits.log_softmax(-1)[range(len(answer)), answer].sum()))
+    rows = found.samples[task]
+    assert len(rows) == 14, "one for each way of grading"
+    for row in rows:
+        assert row["answer_loglikelihood"] == pytest.approx(expected[row["doc_id"]], rel=1e-5)
+    metrics = found.results[task]
+    assert metrics["answer_loglikelihood,none"] == pytest.approx(np.mean(expected), rel=1e-5)
+    error = np.std(expected, ddof=1) / math.sqrt(7)
+    assert metrics["answer_loglikelihood_stderr,none"] == pytest.approx(error, rel=1e-4)
+
+
+def test_share_of_answers_said_token_by_token(tiny: Path) -> None:
+    """A model that says "5" after a line break, and the end after "5"."""
+    model, tokenizer = always_five(tiny)
+    found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=200, progress=False)
+    right = [row["response"] == "5" for row in offline_splits("chain_sum")["test"][:200]]
+    assert found.results["chain_sum"]["answer_accuracy,none"] == pytest.approx(np.mean(right))
+    assert found.scores["chain_sum"] == pytest.approx(np.mean(right))
+    likely = [row["answer_loglikelihood"] for row in found.samples["chain_sum"] if row["filter"] == "strict-match"]
+    best = [value for value, is_right in zip(likely, right, strict=True) if is_right]
+    assert min(best) == pytest.approx(max(likely))
+
+
+def test_answers_are_beside_the_grades_and_nowhere_else(tiny: Path) -> None:
+    """The hash and the shots are those of the questions asked, however often each was asked."""
+    found = evaluate(tiny, ["chain_sum"], limit=3, progress=False)
+    for part in (found.scores, found.results, found.samples, found.versions, found.shots, found.hashes):
+        assert set(part) == {"chain_sum"}
+    # Recorded when the task had YAML files and no log-likelihoods.
+    assert found.hashes["chain_sum"] == "615bf5a07ed38f843a80a54a4dc003338ad1443979fc0cee9fe346820f13aa22"
+
+
+def test_line_break_of_the_prompt_is_no_part_of_the_answer() -> None:
+    """Also where a tokenizer has one token for the template's last colon and line break, as Llama 3's does."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([":", "\n", ":\n", "R", "1", "</s>"])}
+    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "\n")]))
+    lm = object.__new__(offline.PromptedLM)
+    lm.backend, lm.add_bos_token, lm.custom_prefix_token_id = "causal", None, 5
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>")
+    assert lm._encode_pair("R:\n", "1") == ([3, 2], [4])
+    lost, _ = super(offline.PromptedLM, lm)._encode_pair("R:\n", "1")
+    assert lost == [3, 0], "what lm-eval would have shown the model"
+    assert lm._encode_pair("R:", "1") == ([3, 0], [4])
+
+
+# Splits
+
+
+def test_validation_questions_are_others(tiny: Path) -> None:
+    found = {split: evaluate(tiny, list(OFFLINE), limit=5, split=split, progress=False) for split in SPLITS}
+    for task in OFFLINE:
+        for split in SPLITS:
+            questions = offline_splits(task)[split][:5]
+            rows = [row for row in found[split].samples[task] if row["filter"] == "strict-match"]
+            assert [row["doc"]["instruction"] for row in rows] == [row["instruction"] for row in questions]
+            assert all("answer_loglikelihood" in row for row in rows)
+        assert found["test"].hashes[task] != found["validation"].hashes[task]
+
+
+def test_splits_share_no_question_that_is_asked() -> None:
+    for task in OFFLINE:
+        for configuration in (offline.graded, offline.answers):
+            rows = {split: configuration(task, split)["dataset_kwargs"]["rows"] for split in SPLITS}
+            asked = {split: {row["prompt"] for row in rows[split]} for split in SPLITS}
+            assert len(asked["validation"]) == VALIDATION_SIZE
+            assert not asked["test"] & asked["validation"]
 
 
 def test_limit(tiny: Path) -> None:
@@ -121,7 +214,12 @@ def test_same_model_same_result_whatever_the_batch(loaded: tuple[Any, Any]) -> N
     assert ask(5) == first
     # The questions differ in length, so other batches are padded otherwise.
     for batch_size in (1, 12):
-        assert ask(batch_size) == first
+        other = ask(batch_size)
+        assert other.scores == first.scores
+        for row, same in zip(other.samples["family_relationships"], first.samples["family_relationships"], strict=True):
+            # Sums in another order differ in their last digits.
+            assert row.pop("answer_loglikelihood") == pytest.approx(same["answer_loglikelihood"], rel=1e-5)
+            assert row == {key: value for key, value in same.items() if key != "answer_loglikelihood"}
 
 
 def test_another_model_is_not_given_the_old_answers(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
@@ -183,8 +281,7 @@ def test_without_network_one_sentence_says_what_to_do(loaded: tuple[Any, Any]) -
 
 @pytest.fixture(scope="module")
 def offline_tasks() -> dict[str, Any]:
-    manager = TaskManager(include_path=str(OFFLINE_TASKS), include_defaults=False)
-    return manager.load(list(OFFLINE))["tasks"]
+    return TaskManager(include_defaults=False).load([offline.graded(task, "test") for task in OFFLINE])["tasks"]
 
 
 def grades(task: Any, right: str, answer: str) -> dict[str, bool]:
@@ -371,11 +468,12 @@ def test_the_papers_ten() -> None:
     }
 
 
-def test_benchmarks_are_lm_evals_and_offline_tasks_are_not() -> None:
+def test_benchmarks_are_lm_evals_and_other_tasks_are_not() -> None:
     """A name that both have would be taken from lm-eval or from here by chance."""
     manager = TaskManager(include_defaults=True)
     assert set(BENCHMARKS) <= set(manager.all_tasks)
-    assert not set(OFFLINE) & set(manager.all_tasks)
+    assert not {*OFFLINE, *KNOWLEDGE} & set(manager.all_tasks)
+    assert not set(OFFLINE) & set(KNOWLEDGE)
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
@@ -501,6 +599,9 @@ def test_missing_package_is_named(loaded: tuple[Any, Any]) -> None:
         ([], {}, "a list of task names"),
         (["chain_sum"], {"template": "alpacca"}, "no template 'alpacca': did you mean 'alpaca'"),
         (["chain_sum"], {"tokenizer": None}, "needs its tokenizer"),
+        (["chain_sum"], {"split": "valid"}, "no split 'valid': did you mean 'validation'"),
+        (["chain_sum", "gsm8k"], {"split": "validation"}, "'gsm8k' is asked on its test questions only.*chain_sum"),
+        (["world_facts"], {"split": "validation"}, "'world_facts' is asked on its test questions only"),
     ],
 )
 def test_refused(loaded: tuple[Any, Any], tasks: Any, settings: dict[str, Any], message: str) -> None:

@@ -1,0 +1,289 @@
+"""The paper's claims and the tests that decide them, written down before anything was run.
+
+Every claim is a difference between two rows of a table, paired over questions and training seeds. Its interval counts
+both as drawn: other questions, and other seeds, would have given other numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alps_repro.errors import UserError
+from alps_repro.experiments import Cell, cells
+from alps_repro.recipe import Profile
+from alps_repro.records import Record, load_record, record_path, write_whole
+from alps_repro.tables import lower_is_better
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: What counts as nothing: an advantage that the interval excludes to be this large does not hold.
+MARGINS = {"accuracy": 1.0, "log_likelihood": 0.02, "loss": 0.01, "time": 0.02}
+UNITS = {"accuracy": "points", "log_likelihood": "nats per answer", "loss": "nats per token", "time": "share of a step"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """says: the paper's claim. table: where both rows stand. row: the one that is said to be better.
+
+    others: the rows that it is said to be better than; it has to be better than each (an intersection-union test, so
+    no correction is needed). measures: what is compared.
+    """
+
+    says: str
+    table: str
+    row: str
+    others: tuple[str, ...]
+    measures: tuple[str, ...] = ("accuracy", "log_likelihood")
+
+
+CLAIMS: dict[str, Claim] = {
+    "tenth_beats_all": Claim("training 10 % of the heads beats training all of them", "table1", "alps", ("full",)),
+    "beats_random": Claim("alps beats random heads", "table1", "alps", ("random",)),
+    "beats_random_matched": Claim(
+        "alps beats random heads with as many weights (control)", "table1", "alps", ("random_matched",)
+    ),
+    "beats_layer_consistent": Claim("alps beats random heads in every layer", "table1", "alps", ("layer_consistent",)),
+    "beats_bottom": Claim("alps beats the heads that moved least (control)", "table1", "alps", ("bottom",)),
+    "beats_l2": Claim("alps beats the heads that moved most by plain norm (control)", "table1", "alps", ("l2",)),
+    "beats_lora": Claim("alps beats LoRA of rank 128", "table1", "alps", ("lora",)),
+    "beats_lora_matched": Claim("alps beats LoRA with as many weights (control)", "table1", "alps", ("lora_matched",)),
+    "tenth_beats_all_scope_all": Claim(
+        "training 10 % of the heads and all else beats training everything", "table1_all", "alps", ("full",)
+    ),
+    "beats_random_scope_all": Claim("alps beats random heads, all else trained", "table1_all", "alps", ("random",)),
+    "tenth_is_best": Claim("10 % is the best ratio", "table3", "10", ("100", "70", "50", "30", "0")),
+    "pad_is_best": Claim("PAD is the best metric", "table2", "pad", ("cosine", "euclidean", "kl")),
+    "transfers": Claim("heads carry over: they beat random heads on the other data set", "table4", "alps", ("random",)),
+    "transfers_beats_full": Claim("carried over, they beat training all heads", "table4", "alps", ("full",)),
+    "forgets_less_than_full": Claim(
+        "alps forgets less than full fine-tuning", "table5", "alps", ("full",), ("accuracy", "loss")
+    ),
+    "forgets_less_than_lora": Claim("alps forgets less than LoRA", "table5", "alps", ("lora",), ("accuracy", "loss")),
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean difference with its 95 % interval, and the smallest true one that would be seen in four of five tries."""
+
+    mean: float
+    low: float
+    high: float
+    detectable: float
+
+
+def effect(differences: Sequence[np.ndarray]) -> Effect:
+    """The mean over blocks of paired differences, each (seeds, questions), with seeds and questions as random.
+
+    The variance of a block's mean over seeds i and questions j of d_ij = m + s_i + q_j + e_ij is estimated from the
+    mean squares of the two-way table: (MS_seeds + MS_questions - MS_rest) / (seeds · questions), not below that of
+    the larger one. Degrees of freedom by Satterthwaite. One seed: questions alone.
+    """
+    from scipy.stats import t
+
+    parts: list[tuple[float, float]] = []  # (variance of the block's mean that a mean square brings, its degrees)
+    for block in differences:
+        seeds, questions = block.shape
+        size = block.size
+        by_seed, by_question, mean = block.mean(1), block.mean(0), block.mean()
+        of_questions = seeds * ((by_question - mean) ** 2).sum() / (questions - 1)
+        terms = [(of_questions / size, questions - 1)]
+        if seeds > 1:
+            of_seeds = questions * ((by_seed - mean) ** 2).sum() / (seeds - 1)
+            rest = block - by_seed[:, None] - by_question[None] + mean
+            of_rest = (rest**2).sum() / ((seeds - 1) * (questions - 1))
+            terms.append((max(of_seeds - of_rest, 0.0) / size, seeds - 1))
+        parts += terms
+    count = len(differences)
+    mean = float(np.mean([block.mean() for block in differences]))
+    variance = sum(v for v, _ in parts) / count**2
+    if variance == 0:
+        return Effect(mean, mean, mean, 0.0)
+    degrees = variance**2 / sum((v / count**2) ** 2 / n for v, n in parts)
+    error = math.sqrt(variance)
+    reach = float(t.ppf(0.975, degrees))
+    return Effect(mean, mean - reach * error, mean + reach * error, (reach + float(t.ppf(0.8, degrees))) * error)
+
+
+def values(record: Record, task: str, measure: str) -> np.ndarray | None:
+    """One number per question of a task: points (0 or 100), nats of the right answer, or minus nats per token."""
+    own = record.result["per_question"].get(task, {})
+    if measure == "accuracy" and "correct" in own and not lower_is_better(task):
+        return 100.0 * np.array([int(digit) for digit in own["correct"]])
+    if measure == "log_likelihood" and "answer_loglikelihood" in own:
+        return np.array(own["answer_loglikelihood"])
+    if measure == "loss" and lower_is_better(task):
+        return np.array(own["loglikelihood"]) / np.array(own["tokens"])
+    return None
+
+
+def _grid(profile: Profile, table: str) -> dict[tuple[str, str, int | None], tuple[Cell, Record]]:
+    folder = Path(profile.results) / "records"
+    found = {}
+    for cell in cells(profile, table):
+        path = record_path(folder, "evaluate", cell.config.name)
+        if path.exists():
+            found[cell.row, f"{cell.base}/{cell.family}", cell.seed] = (cell, load_record(path))
+    return found
+
+
+def differences(profile: Profile, table: str, row: str, other: str, measure: str) -> list[np.ndarray]:
+    """Paired differences `row` - `other`: an array (seeds, questions) for every model, family and task.
+
+    Only seeds that both rows have are taken; a row that trains nothing stands for every seed.
+    """
+    grid = _grid(profile, table)
+    blocks: list[np.ndarray] = []
+    for place in dict.fromkeys(place for _, place, _ in grid):
+        own, others = (
+            {seed: found for (name, where, seed), found in grid.items() if name == which and where == place}
+            for which in (row, other)
+        )
+        seeds = sorted(s for s in own if s is not None and (s in others or None in others))
+        if not seeds:
+            continue
+        for task in own[seeds[0]][0].tasks:
+            lines = []
+            for seed in seeds:
+                ours = values(own[seed][1], task, measure)
+                theirs = values((others.get(seed) or others[None])[1], task, measure)
+                if ours is not None and theirs is not None:
+                    lines.append(ours - theirs)
+            if lines:
+                blocks.append(np.array(lines))
+    return blocks
+
+
+def verdict(found: Effect, margin: float) -> str:
+    """holds: the interval lies above zero. fails: it leaves no room for an advantage of `margin`. Else undecided."""
+    return "holds" if found.low > 0 else "fails" if found.high < margin else "undecided"
+
+
+def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, Effect, list[np.ndarray]]]:
+    for other in claim.others:
+        if blocks := differences(profile, claim.table, claim.row, other, measure):
+            yield other, effect(blocks), blocks
+
+
+def decided(profile: Profile) -> pd.DataFrame:
+    """A row per claim and measure that the records say anything of.
+
+    Columns: claim, says, measure, unit, test, effect, ci_low, ci_high, detectable, seeds, questions, verdict. Where a
+    claim has several others, the row shows the one that it comes off worst against, and holds if it holds for all.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for name, claim in CLAIMS.items():
+        if claim.table not in profile.tables:
+            continue
+        for measure in claim.measures:
+            found = list(_against_each(profile, claim, measure))
+            if not found:
+                continue
+            other, worst, blocks = min(found, key=lambda one: one[1].mean)
+            margin = MARGINS[measure]
+            verdicts = {verdict(one, margin) for _, one, _ in found}
+            whole = "fails" if "fails" in verdicts else "undecided" if "undecided" in verdicts else "holds"
+            if len(found) < len(claim.others) and whole == "holds":
+                whole = "undecided"  # not against all of them yet
+            test = f"{claim.row} - {other} in {claim.table}, paired over seeds and questions"
+            if len(claim.others) > 1:
+                test += f"; the worst of {len(found)} comparisons, which all have to hold"
+            rows.append(
+                {
+                    "claim": name,
+                    "says": claim.says,
+                    "measure": measure,
+                    "unit": UNITS[measure],
+                    "test": test,
+                    "effect": worst.mean,
+                    "ci_low": worst.low,
+                    "ci_high": worst.high,
+                    "detectable": worst.detectable,
+                    "seeds": min(len(block) for block in blocks),
+                    "questions": sum(block.shape[1] for block in blocks),
+                    "verdict": whole,
+                }
+            )
+    rows += _time()
+    if not rows:
+        raise UserError(f"No claim can be tested yet: '{profile.results}' holds no pair of rows to compare.")
+    return pd.DataFrame(rows)
+
+
+def _time() -> list[dict[str, Any]]:
+    """Whether a training step is cheaper, from the benchmark's rounds: each gives one ratio of medians."""
+    path = Path(__file__).parents[1] / "results" / "benchmarks" / "training.json"
+    if not path.exists():
+        return []
+    rounds = json.loads(path.read_text())["rounds"]
+    rows = []
+    for claim, own, says in (
+        ("trains_cheaper", "alps_all", "a step of alps takes less time than one of full fine-tuning, all else trained"),
+        ("trains_cheaper_heads", "alps_heads", "a step of alps alone takes less time than one of full fine-tuning"),
+    ):
+        pairs = zip(rounds[own], rounds["full_answer_only"])
+        saved = np.array([[1 - np.median(a["seconds"]) / np.median(b["seconds"])] for a, b in pairs])
+        from scipy.stats import sem, t
+
+        mean, error = float(saved.mean()), float(sem(saved[:, 0]))
+        reach = float(t.ppf(0.975, len(saved) - 1))
+        power = float(t.ppf(0.8, len(saved) - 1))
+        found = Effect(mean, mean - reach * error, mean + reach * error, (reach + power) * error)
+        rows.append(
+            {
+                "claim": claim,
+                "says": says,
+                "measure": "time",
+                "unit": UNITS["time"],
+                "test": f"1 - {own} / full_answer_only, seconds a step, over {len(saved)} rounds of make bench",
+                "effect": found.mean,
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "detectable": found.detectable,
+                "seeds": len(saved),
+                "questions": None,
+                "verdict": verdict(found, MARGINS["time"]),
+            }
+        )
+    return rows
+
+
+def to_read(claims: pd.DataFrame) -> pd.DataFrame:
+    """The claims with a reader's columns."""
+    import pandas as pd
+
+    digits = {"accuracy": 1, "log_likelihood": 3, "loss": 4, "time": 2}
+    shown = [
+        {
+            "claim": row.says,
+            "effect": f"{row.effect:+.{digits[row.measure]}f} {row.unit}",
+            "95 % interval": f"{row.ci_low:+.{digits[row.measure]}f} to {row.ci_high:+.{digits[row.measure]}f}",
+            "could have seen": f"{row.detectable:.{digits[row.measure]}f}",
+            "seeds": row.seeds,
+            "here": row.verdict,
+        }
+        for row in claims.itertuples()
+    ]
+    return pd.DataFrame(shown)
+
+
+def write_claims(profile: Profile) -> list[Path]:
+    """Make `claims.csv` and `claims.md` of a profile's results folder; returns their paths."""
+    claims, folder = decided(profile), Path(profile.results)
+    texts = {
+        "claims.csv": claims.to_csv(index=False, lineterminator="\n"),
+        "claims.md": to_read(claims).to_markdown(index=False, disable_numparse=True) + "\n",
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    return [folder / name for name in texts]

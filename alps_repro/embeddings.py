@@ -1,0 +1,41 @@
+"""Where a model puts the questions of data sets (ALPS, Figure 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+BATCH = 16
+
+
+def embed(
+    model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], progress: bool = False
+) -> dict[str, np.ndarray]:
+    """The mean over a text's tokens of the last hidden states: {name: float64 (texts, hidden size)}."""
+    import torch
+    from tqdm.auto import tqdm
+
+    out: dict[str, np.ndarray] = {}
+    with torch.no_grad():
+        for name, own in texts.items():
+            points = []
+            for i in tqdm(range(0, len(own), BATCH), desc=f"embedding {name}", disable=not progress):
+                batch = tokenizer(list(own[i : i + BATCH]), return_tensors="pt", padding=True).to(model.device)
+                states = model(**batch, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+                mask = batch["attention_mask"][..., None]
+                points.append(((states * mask).sum(1) / mask.sum(1)).double().cpu().numpy())
+            out[name] = np.concatenate(points)
+    return out
+
+
+def principal(points: Mapping[str, np.ndarray], dimensions: int = 3) -> dict[str, np.ndarray]:
+    """All points on their common principal axes: {name: (texts, dimensions)}; an axis points where its largest
+    loading is positive, so that the picture is the same every time."""
+    everything = np.concatenate(list(points.values()))
+    mean = everything.mean(0)
+    _, _, axes = np.linalg.svd(everything - mean, full_matrices=False)
+    axes = axes[:dimensions]
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
+    return {name: (own - mean) @ axes.T for name, own in points.items()}

@@ -1,0 +1,48 @@
+"""Execute one notebook by papermill: `python -m alps_repro.execute NOTEBOOK COPY PARAMETERS`, the last as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from alps_repro.errors import UserError
+
+
+def execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
+    """Execute a notebook and store the executed copy, whole or, where it failed, as `COPY.failed.ipynb`.
+
+    Raises:
+        UserError: the notebook failed; the sentence is the error's own.
+    """
+    import papermill
+
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = copy.with_suffix(".failed.ipynb")
+    try:
+        made = papermill.execute_notebook(
+            str(notebook),
+            str(unfinished),
+            parameters=parameters,
+            kernel_name="python3",
+            progress_bar=False,
+            extra_arguments=["--log-level=50"],
+        )
+    except papermill.PapermillExecutionError as error:
+        raise UserError(f"{copy.stem} failed: {error.ename}: {error.evalue} (see '{unfinished}')") from error
+    for cell in made.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "stream":  # of progress bars that overwrite their line, keep the last state
+                output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+    unfinished.write_text(json.dumps(made))
+    unfinished.replace(copy)
+
+
+if __name__ == "__main__":
+    try:
+        execute(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+    except UserError as failure:
+        print(f"alps-repro: {failure}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,445 @@
+"""Whether head scores find what they are meant to find: heads that truly moved, and heads that truly matter.
+
+ALPS takes a head's distance from the base as a proxy for its importance, which the paper defines as what the task
+model loses when the head is ablated (Eq. 3 and 4), and does not measure how good a proxy it is. Two truths to hold
+scores against: checkpoints whose attention was moved by a known amount (`moved`, `recall`), and the loss of the task
+model with one head at a time silenced (`importance`, `correlations`).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from alps_repro.checkpoints import is_adapter, open_attention, resolve
+from alps_repro.errors import UserError, one_of
+from alps_repro.heads import HeadLayout, HeadSelection, head_count
+from alps_repro.scores import METRICS, HeadScores, localize
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.figure import Figure
+
+#: What can be compared, as arguments of `localize`: every metric, and PAD on the ground that the paper leaves open.
+READINGS: dict[str, dict[str, str]] = {
+    **{name: {"metric": name} for name in METRICS},
+    "pad_value": {"metric": "pad", "ground": "value"},
+}
+
+#: What is compared unless asked otherwise. `wasserstein` is `pad` times a constant and ranks heads alike.
+COMPARED = tuple(name for name in READINGS if name != "wasserstein")
+
+
+# --- importance -----------------------------------------------------------------------------------------------------
+
+
+def _counted(labels: torch.Tensor) -> torch.Tensor:
+    """Which labels count in the loss: (examples, positions), all but the first column, which nothing predicts."""
+    from alps_repro.training import IGNORED
+
+    return labels[:, 1:] != IGNORED
+
+
+def _summed_loss(model: torch.nn.Module, batch: Mapping[str, Any]) -> float:
+    """Cross entropy in nats of a batch's counted tokens, one float32 value a token, added in float64."""
+    import torch.nn.functional as F
+
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False).logits
+    counted = _counted(batch["labels"])
+    losses = F.cross_entropy(logits[:, :-1][counted].float(), batch["labels"][:, 1:][counted], reduction="none")
+    return float(losses.double().sum())
+
+
+def importance(model: torch.nn.Module, batches: Sequence[Mapping[str, Any]], *, progress: bool = False) -> np.ndarray:
+    """What a task model loses with each of its query heads silenced (ALPS, Eq. 3 and 4).
+
+    The paper's "performance" is taken as the loss: loss with the head's result set to zero before the output
+    projection, minus loss as it is, so that higher means more important and a head that does harm is below zero.
+
+    model: any that `load_model` gives, with or without an adapter; it is left as it was.
+    batches: as `training.Collate` makes them: input_ids, attention_mask, position_ids, labels (-100 where a token
+        does not count), logits_to_keep. What enters a layer is kept for one batch at a time: layers · tokens · hidden
+        size numbers.
+    progress: show a bar, one step a layer and batch.
+
+    Returns:
+        float64 (layers, heads), in nats per counted token of all batches together.
+
+    Raises:
+        UserError: the architecture is not known, or no token counts.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    layout = HeadLayout.of(model)
+    modules = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+    prefix = layout.prefix(modules)
+    paths = [prefix + layout.output_module(layer) for layer in range(layout.layers)]
+    layers = [modules[path.rsplit(".", 2)[0]] for path in paths]
+    counted = sum(int(_counted(batch["labels"]).sum()) for batch in batches)
+    if not counted:
+        raise UserError("No token of the batches counts, so there is no loss to compare: give examples with responses.")
+
+    silenced: tuple[int, int] | None = None
+    outputs: dict[int, Any] = {}
+
+    def silence(layer: int) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if silenced is None or silenced[0] != layer:
+                return None
+            heads = inputs[0].clone()
+            heads[..., silenced[1] * layout.head_dim : (silenced[1] + 1) * layout.head_dim] = 0
+            return (heads, *inputs[1:])
+
+        return hook
+
+    def keep(layer: int) -> Any:
+        def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            outputs.setdefault(layer, output)
+
+        return hook
+
+    modes = {module: module.training for module in model.modules()}
+    forwards = [layer.__dict__.get("forward") for layer in layers]
+    hooks = [modules[path].register_forward_pre_hook(silence(i)) for i, path in enumerate(paths)]
+    hooks += [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
+    lost = np.zeros((layout.layers, layout.heads))
+    device = next(model.parameters()).device
+    bar = tqdm(total=len(batches) * layout.layers, desc="silencing heads", disable=not progress)
+    try:
+        model.eval()
+        with torch.no_grad(), bar:
+            for batch in batches:
+                batch = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}
+                outputs.clear()
+                whole = _summed_loss(model, batch)
+                for i in range(layout.layers):
+                    for head in range(layout.heads):
+                        silenced = (i, head)
+                        lost[i, head] += _summed_loss(model, batch) - whole
+                    # The layers above are silenced next, and to them this one gives what it gave to the whole model:
+                    # with what is kept in place of computing it anew, half of all work is saved.
+                    layers[i].forward = lambda *_, _kept=outputs[i], **__: _kept
+                    bar.update()
+                silenced = None
+                _put_back(layers, forwards)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        _put_back(layers, forwards)
+        for module, training in modes.items():
+            module.training = training
+    return lost / counted
+
+
+def _put_back(layers: Sequence[torch.nn.Module], forwards: Sequence[Any]) -> None:
+    """Give layers their own `forward` again: the class's, or, where there was one, the instance's."""
+    for layer, forward in zip(layers, forwards):
+        layer.__dict__.pop("forward", None)
+        if forward is not None:
+            layer.forward = forward
+
+
+# --- heads that truly moved -----------------------------------------------------------------------------------------
+
+
+def moved(
+    base: str | Path,
+    output: str | Path,
+    *,
+    share: float = 0.1,
+    factor: float = 5.0,
+    background: float = 1e-4,
+    seed: int = 0,
+) -> HeadSelection:
+    """Write a checkpoint's attention with every weight moved a little and those of some heads moved more.
+
+    Each weight of the query, key and value projections is shifted by independent normal noise, and that of the moved
+    heads by `factor` times as much. Moved are all heads of `ceil(share · groups)` key/value groups drawn from the
+    whole model, with their query rows and the group's key and value rows, so that no head is moved by half.
+
+    base: the embedded model, a checkpoint folder or a hub id. output: a folder that does not exist yet. It gets
+        config.json and the query, key and value weights, which is all that `localize` reads; it is no whole model.
+        Weights narrower than float32 are written as float32, so that rounding does not swallow the noise.
+    background: standard deviation of the noise, in the weights' own unit. seed: of the draw and of the noise; with
+        the same seed, factors differ in nothing but the scale of the moved heads' noise.
+
+    Returns:
+        the heads that were moved more.
+
+    Raises:
+        UserError: a number makes no sense, `output` exists, or `base` is an adapter or not readable.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    for name, value in (("factor", factor), ("background", background)):
+        if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise UserError(f"The {name} {value!r} is no positive number: give by how much weights are to move.")
+    folder, output = resolve(base), Path(output)
+    if is_adapter(folder):
+        raise UserError(f"'{base}' is an adapter, and only whole checkpoints can be moved: give its base model.")
+    if output.exists():
+        raise UserError(f"'{output}' exists already: remove it or choose another folder for the moved weights.")
+    draw, tensors = np.random.default_rng(seed), {}
+    with open_attention(folder) as attention:
+        layout = attention.layout
+        total = layout.layers * layout.groups
+        groups = {divmod(int(i), layout.groups) for i in draw.choice(total, head_count(share, total), replace=False)}
+        chosen = ((layer, head) for layer, head in HeadSelection.all(layout) if (layer, layout.group(head)) in groups)
+        truth = HeadSelection(tuple(chosen), layout)
+        rows = layout.selected_rows(truth)
+        for layer in range(layout.layers):
+            attention.layer(layer)  # refuses weights of another shape, or that are not finite
+            for path, weight in attention.projections(layout.modules(layer)).items():
+                noise = draw.normal(0, background, weight.shape)
+                noise[rows.get(path, [])] *= factor
+                weight = (weight + torch.from_numpy(noise)).to(torch.promote_types(weight.dtype, torch.float32))
+                tensors[f"{path}.weight"] = (weight.T if layout.transposed else weight).contiguous()
+    output.mkdir(parents=True)
+    shutil.copy(folder / "config.json", output)
+    save_file(tensors, output / "model.safetensors")
+    return truth
+
+
+def _highest(values: np.ndarray, count: int) -> np.ndarray:
+    """The places of the highest values in the flattened array; ties as in `HeadScores.top`."""
+    return np.argsort(-values, axis=None, kind="stable")[:count]
+
+
+def recall(scores: HeadScores, truth: HeadSelection) -> float:
+    """Which share of the truly moved heads is among as many highest scores, in [0, 1].
+
+    Scores that know nothing reach the share of the moved heads in the model.
+
+    Raises:
+        UserError: the two are of different models, or no head was moved.
+    """
+    if scores.layout != truth.layout:
+        raise UserError("The scores and the moved heads are of models of different shape: localize the moved model.")
+    if not len(truth):
+        raise UserError("No head was moved, so there is none to be found: move at least one.")
+    places = {layer * truth.layout.heads + head for layer, head in truth}
+    return len(places.intersection(_highest(scores.values, len(truth)).tolist())) / len(truth)
+
+
+def recall_by_metric(
+    base: str | Path,
+    *,
+    factors: Iterable[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
+    seeds: Iterable[int] = (0, 1, 2),
+    metrics: Sequence[str] = COMPARED,
+    head_matrices: Sequence[str] = ("product", "concat"),
+    share: float = 0.1,
+    background: float = 1e-4,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """How many of the heads that truly moved each metric finds, over factors and seeds.
+
+    base, share, background: as in `moved`. metrics: of `READINGS`. head_matrices: of `scores.HEAD_MATRICES`.
+    Each moved checkpoint is made once, in a temporary folder, read by every metric, and removed.
+
+    Returns:
+        columns metric, head_matrix, factor, seed, recall (in [0, 1]); a row per combination, in the order asked for.
+
+    Raises:
+        UserError: as `moved` and `localize` raise it, or a metric is unknown.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    for metric in metrics:
+        one_of("metric", metric, READINGS)
+    seeds = list(seeds)
+    asked = [(float(factor), seed) for factor in factors for seed in seeds]
+    rows: list[dict[str, Any]] = []
+    for factor, seed in tqdm(asked, desc="moving heads", disable=not progress):
+        with tempfile.TemporaryDirectory() as work:
+            truth = moved(base, Path(work) / "moved", share=share, factor=factor, background=background, seed=seed)
+            for head_matrix in head_matrices:
+                for metric in metrics:
+                    scores = localize(base, Path(work) / "moved", head_matrix=head_matrix, **READINGS[metric])
+                    rows.append(
+                        {
+                            "metric": metric,
+                            "head_matrix": head_matrix,
+                            "factor": factor,
+                            "seed": seed,
+                            "recall": recall(scores, truth),
+                        }
+                    )
+    return pd.DataFrame(rows, columns=["metric", "head_matrix", "factor", "seed", "recall"])
+
+
+# --- scores against importance --------------------------------------------------------------------------------------
+
+
+def correlations(
+    scores: Mapping[str, np.ndarray],
+    importance: np.ndarray,
+    *,
+    ratio: float = 0.1,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How well each metric's scores agree with the heads' importance.
+
+    scores: {metric: (layers, heads)}; importance: (layers, heads). ratio: share of heads in the two top sets that are
+    compared. resamples, seed: of the bootstrap, which draws heads with replacement, the same for every metric: it
+    shows the spread over heads, not over questions or training runs.
+
+    Returns:
+        a row per metric: metric, spearman with low and high (95 % bootstrap), kendall (tau-b), top (heads in each top
+        set), overlap (heads in both), expected (overlap of a random choice), p_value (of that overlap or more by
+        chance; hypergeometric).
+
+    Raises:
+        UserError: scores and importance are of different shapes.
+    """
+    import pandas as pd
+    from scipy.stats import hypergeom, kendalltau, rankdata, spearmanr
+
+    total, top = importance.size, head_count(ratio, importance.size)
+    drawn = np.random.default_rng(seed).integers(total, size=(resamples, total))
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        """Of every resample, centred and of length 1."""
+        centred = rankdata(values.ravel()[drawn], axis=1) - (total + 1) / 2
+        with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
+            return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+
+    own, highest = ranks(importance), set(_highest(importance, top).tolist())
+    rows = []
+    for metric, values in scores.items():
+        if values.shape != importance.shape:
+            raise UserError(
+                f"The scores '{metric}' are of shape {values.shape} and the importance of {importance.shape}: "
+                "compare heads of the same model."
+            )
+        low, high = np.nanpercentile((ranks(values) * own).sum(1), [2.5, 97.5])
+        overlap = len(highest.intersection(_highest(values, top).tolist()))
+        rows.append(
+            {
+                "metric": metric,
+                "spearman": float(spearmanr(values, importance, axis=None).statistic),
+                "low": float(low),
+                "high": float(high),
+                "kendall": float(kendalltau(values, importance).statistic),
+                "top": top,
+                "overlap": overlap,
+                "expected": top * top / total,
+                "p_value": float(hypergeom.sf(overlap - 1, total, top, top)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+_MARKERS, _LINES = "os^Dv<>Ph*", ("-", "--", "-.", ":")
+
+
+def recall_figure(table: pd.DataFrame, share: float = 0.1) -> Figure:
+    """Recall against factor, a panel per head matrix, a line per metric; bars span the seeds.
+
+    table: as `recall_by_metric` gives it. share: of the heads that were moved, which is what chance finds.
+    """
+    from matplotlib.figure import Figure
+
+    from alps_repro.figures import COLOURS
+
+    kinds, metrics = list(dict.fromkeys(table["head_matrix"])), list(dict.fromkeys(table["metric"]))
+    figure = Figure(figsize=(1.5 + 3.3 * len(kinds), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds):
+        for i, metric in enumerate(metrics):
+            own = table[(table["head_matrix"] == kind) & (table["metric"] == metric)]
+            found = own.groupby("factor")["recall"].agg(["mean", "min", "max"])
+            # Each metric a little to the side, so that equal ones do not hide each other.
+            aside = 1 + 0.012 * (i - (len(metrics) - 1) / 2)
+            axes.errorbar(
+                found.index.to_numpy() * aside,
+                found["mean"],
+                yerr=[found["mean"] - found["min"], found["max"] - found["mean"]],
+                color=COLOURS[i % len(COLOURS)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                linestyle=_LINES[i % len(_LINES)],
+                markersize=5,
+                lw=1.3,
+                elinewidth=0.8,
+                label=metric,
+            )
+        axes.axhline(share, color="0.5", lw=1, dashes=(1, 2), label="chance")
+        factors = sorted(set(table["factor"]))
+        axes.set_xscale("log")
+        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel("how many times further they moved")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("share of the moved heads found")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def importance_figure(importance: np.ndarray, scores: np.ndarray, name: str, ratio: float = 0.1) -> Figure:
+    """Each head's importance against its score, with the highest heads by each marked.
+
+    importance, scores: (layers, heads); name: of the scores. ratio: share of heads in each top set.
+    """
+    from matplotlib.figure import Figure
+
+    from alps_repro.figures import COLOURS
+
+    x, y, top = scores.ravel(), importance.ravel(), head_count(ratio, scores.size)
+    by_score, by_importance = (np.isin(np.arange(x.size), _highest(values, top)) for values in (x, y))
+    figure = Figure(figsize=(6.0, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    # A few heads are far ahead of the rest in both, so both are spaced by ratio; importance, which may be below zero,
+    # only where it is beyond most. A few scores that are next to nothing would leave no room for the others.
+    label_x, middle = f"score: {name}", float(np.median(np.abs(y)))
+    lowest = np.percentile(x, 2.5)
+    if lowest > 0 and x.max() > 10 * lowest:
+        x, label_x = np.maximum(x, lowest), f"{label_x}; the lowest fortieth at the left edge"
+        axes.set_xscale("log")
+    if middle > 0:
+        axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(middle)))
+    axes.axhline(0, color="0.6", lw=0.8)
+    for label, chosen, colour, marker, size in (
+        ("neither", ~by_score & ~by_importance, "0.55", ".", 22),
+        ("score only", by_score & ~by_importance, COLOURS[1], "^", 34),
+        ("importance only", ~by_score & by_importance, COLOURS[0], "s", 30),
+        ("both", by_score & by_importance, COLOURS[6], "*", 80),
+    ):
+        axes.scatter(
+            x[chosen],
+            y[chosen],
+            s=size,
+            marker=marker,
+            color=colour,
+            alpha=0.85,
+            linewidths=0,
+            label=f"{label} ({chosen.sum()})",
+        )
+    axes.set_xlabel(label_x)
+    axes.set_ylabel("importance: loss added, nats per token")
+    axes.grid(alpha=0.25)
+    figure.legend(
+        title=f"in the top {ratio:.0%} by",
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        title_fontsize=9,
+        columnspacing=1.5,
+        handletextpad=0.2,
+    )
+    return figure

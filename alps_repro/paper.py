@@ -1,0 +1,442 @@
+"""What the paper reports, and its arithmetic: averages, repeated numbers, fractions, standard errors. No causes.
+
+A number in `reported.csv` has no final zero, so that 34.2 may have been printed as 34.20. Where it matters, both
+readings are given: `as_stored` (34.2 is anything from 34.15 to 34.25) and `two_decimals` (34.195 to 34.205).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alps_repro.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+NUMBERS = Path(__file__).parent / "reported.csv"
+
+#: The tables of `reported.csv`; 12 and 13 are the whole of Tables 4 and 5.
+TABLES = ("table1", "table2", "table3", "table10", "table11", "table12", "table13", "table14")
+
+#: Tables whose columns are benchmarks; those of Table 12 are tasks, that of Table 11 hours.
+ACCURACIES = ("table1", "table2", "table3", "table10", "table13", "table14")
+
+#: Where Table 1's runs stand again, and under which setting.
+REPEATS: dict[str, dict[str, str]] = {
+    "full": {"table3": "100", "table10": "full", "table14": "full"},
+    "no_attn": {"table3": "0", "table14": "no_attn"},
+    "alps": {"table2": "pad", "table3": "10", "table10": "alps", "table14": "alps"},
+}
+
+#: The task whose model stands for a benchmark everywhere but in Table 14, which has every benchmark on every model.
+TASK_OF = {
+    **dict.fromkeys(("ifeval", "gpqa"), "general"),
+    **dict.fromkeys(("gsm8k", "math"), "math"),
+    **dict.fromkeys(("humaneval", "humaneval_plus", "mbpp", "mbpp_plus"), "code"),
+}
+
+#: How many questions a benchmark may have, and by whose count; the first is the one for standard errors (for code, the
+#: paper names EvalPlus). IFEval and MMLU are left out: their numbers are means of several accuracies.
+QUESTIONS: dict[str, dict[str, int]] = {
+    "gpqa": {"GPQA main": 448},
+    "gsm8k": {"GSM8K, test": 1319},
+    "math": {"MATH, test": 5000},
+    "humaneval": {"HumanEval": 164},
+    "humaneval_plus": {"EvalPlus": 164},
+    "mbpp": {"EvalPlus 0.2": 378, "EvalPlus 0.1": 399, "lm-eval": 500},
+    "mbpp_plus": {"EvalPlus 0.2": 378, "EvalPlus 0.1": 399},
+    "arc_challenge": {"ARC-C, test": 1172},
+}
+
+#: The Llama 3.2 model card's numbers of the base models (github.com/meta-llama/llama-models, models/llama3_2/
+#: MODEL_CARD.md, "Base Pretrained Models"): by Meta's own evaluation library, MMLU with 5 shots as a mean over subjects
+#: (macro_avg/acc_char), ARC-Challenge with 25 shots (acc_char).
+MODEL_CARD: dict[str, dict[str, float]] = {
+    "mmlu": {"Llama-3.2-1B": 32.2, "Llama-3.2-3B": 58.0, "Llama-3.1-8B": 66.7},
+    "arc_challenge": {"Llama-3.2-1B": 32.8, "Llama-3.2-3B": 69.1, "Llama-3.1-8B": 79.7},
+}
+MODEL_CARD_SHOTS = {"mmlu": 5, "arc_challenge": 25}
+
+#: The shots that the paper names for the same benchmarks.
+PAPER_SHOTS = {"mmlu": 5, "arc_challenge": 0}
+
+
+def reported() -> pd.DataFrame:
+    """Every number of the paper's result tables: table, model, setting, train_task (Table 14's), benchmark, value."""
+    import pandas as pd
+
+    return pd.read_csv(NUMBERS, dtype={"setting": str, "train_task": str})
+
+
+def paper_table(table: str) -> pd.DataFrame:
+    """One of the paper's tables, in its order: a row a model and setting (Table 14: and task), a column a benchmark."""
+    one_of("table", table, TABLES)
+    rows = reported().query("table == @table")
+    keys = ["model", "setting", *(["train_task"] if rows["train_task"].notna().any() else [])]
+    wide = rows.pivot(index=keys, columns="benchmark", values="value")
+    order = rows[keys].drop_duplicates().itertuples(index=False, name=None)
+    return wide.reindex(index=list(order), columns=list(rows["benchmark"].unique()))
+
+
+# Rounded numbers
+
+
+def _exact(value: float) -> Fraction:
+    return Fraction(repr(float(value)))
+
+
+def decimals(value: float) -> int:
+    """Decimals of a number in `reported.csv`; the printed one may have had a final zero more."""
+    return len(repr(float(value)).split(".")[1])
+
+
+def half_step(places: int) -> Fraction:
+    """How far the number that was rounded to so many decimals may lie from the printed one."""
+    return Fraction(1, 2 * 10**places)
+
+
+@cache
+def is_fraction(value: float, questions: int, places: int) -> bool:
+    """Whether some k of that many questions, in percent, rounds to the printed value (ties either way)."""
+    exact, half = _exact(value), half_step(places)
+    low = max(0, math.ceil((exact - half) * questions / 100))
+    return low <= min(questions, math.floor((exact + half) * questions / 100))
+
+
+@cache
+def share_of_fractions(questions: int, places: int = 2) -> float:
+    """Of all numbers from 0 to 100 with so many decimals, the share that some k of that many questions rounds to."""
+    unit = 100 * 10**places
+    found = set()
+    for k in range(questions + 1):
+        double = 2 * unit * k  # over 2 * questions; a tie may be rounded either way
+        found.add((double + questions) // (2 * questions))
+        found.add(-((questions - double) // (2 * questions)))
+    return len(found) / (unit + 1)
+
+
+# Averages
+
+
+def averages() -> pd.DataFrame:
+    """Printed averages beside those of the printed cells.
+
+    Columns: table, model, setting, cells, printed, mean (of the printed cells), low and high (where the mean of the
+    unrounded cells lies), differs (the mean does not round to the printed average), possible (some unrounded cells
+    round to the cells, and their mean to the average, as printed).
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    for (table, model, setting), group in reported().groupby(["table", "model", "setting"], sort=False):
+        if "avg" not in set(group["benchmark"]):
+            continue
+        values = group.set_index("benchmark")["value"]
+        printed, cells = _exact(values["avg"]), values.drop("avg")
+        mean = sum(map(_exact, cells)) / len(cells)
+        slack = sum(half_step(decimals(value)) for value in cells) / len(cells)
+        distance = abs(printed - mean)
+        # Averages have two decimals everywhere.
+        rows.append(
+            {
+                "table": table,
+                "model": model,
+                "setting": setting,
+                "cells": len(cells),
+                "printed": float(printed),
+                "mean": float(mean),
+                "low": float(mean - slack),
+                "high": float(mean + slack),
+                "differs": distance > half_step(2),
+                "possible": distance <= slack + half_step(2),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# Numbers that stand in several tables
+
+
+def repeated() -> pd.DataFrame:
+    """Numbers of one model, method and benchmark that stand in several tables (`REPEATS`), a column a table."""
+    import pandas as pd
+
+    numbers = reported()
+    own = numbers["train_task"].isna() | (numbers["train_task"] == numbers["benchmark"].map(TASK_OF))
+    runs = {
+        run: part.set_index(["model", "benchmark"])["value"] for run, part in numbers[own].groupby(["table", "setting"])
+    }
+    parts = []
+    for method, places in REPEATS.items():
+        first = runs["table1", method]
+        found = {"table1": first, **{table: runs[table, setting] for table, setting in places.items()}}
+        part = pd.DataFrame(found).reindex(first.index).reset_index()
+        part.insert(1, "method", method)
+        parts.append(part)
+    tables = [table for table in TABLES if any(table in part for part in parts)]
+    return pd.concat(parts, ignore_index=True)[["model", "method", "benchmark", *tables]]
+
+
+def contradictions() -> pd.DataFrame:
+    """Those of `repeated()` that are not the same number everywhere."""
+    found = repeated()
+    values = found.drop(columns=["model", "method", "benchmark"])
+    return found[values.nunique(axis=1) > 1].dropna(axis=1, how="all").reset_index(drop=True)
+
+
+# Accuracies as fractions
+
+
+def fractions() -> pd.DataFrame:
+    """For every printed accuracy and every count in `QUESTIONS`, whether it can be k of that many.
+
+    Columns: table, model, setting, train_task, benchmark, value, questions, count (whose), as_stored, two_decimals.
+    Table 13's vanilla row, which is a model card's, is left out.
+    """
+    import pandas as pd
+
+    numbers = reported().query("table in @ACCURACIES and benchmark in @QUESTIONS and setting != 'vanilla'")
+    rows: list[dict[str, Any]] = []
+    for number in numbers.to_dict("records"):
+        for count, questions in QUESTIONS[number["benchmark"]].items():
+            value = number["value"]
+            rows.append(
+                {
+                    **number,
+                    "questions": questions,
+                    "count": count,
+                    "as_stored": is_fraction(value, questions, decimals(value)),
+                    "two_decimals": is_fraction(value, questions, 2),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def fraction_counts(by: Iterable[str] = (), table: str | None = None, distinct: bool = False) -> pd.DataFrame:
+    """How many printed accuracies can be k of N, for each benchmark and N, and for each of `by` (`setting`, `table`).
+
+    table: one table alone. distinct: count a model's equal numbers for a benchmark once, as most of them are repeats.
+    Columns: by, benchmark, count, questions, cells, as_stored, two_decimals, by_chance (how many of as many numbers
+    with two decimals, drawn evenly from 0 to 100, could be).
+    """
+    found = fractions()
+    if table is not None:
+        one_of("table", table, ACCURACIES)
+        found = found[found["table"] == table]
+    if distinct:
+        found = found.drop_duplicates([*by, "model", "benchmark", "value", "count"])
+    keys = [*by, "benchmark", "count", "questions"]
+    counts = found.groupby(keys, sort=False).agg(
+        cells=("value", "size"), as_stored=("as_stored", "sum"), two_decimals=("two_decimals", "sum")
+    )
+    counts = counts.reset_index()
+    counts["by_chance"] = counts["cells"] * counts["questions"].map(share_of_fractions)
+    return counts
+
+
+def fraction_table(table: str = "table1", reading: str = "two_decimals") -> pd.DataFrame:
+    """A table's `fraction_counts`, a column a setting, each cell such as `3 of 3`; the last is chance's share."""
+    one_of("reading", reading, ("two_decimals", "as_stored"))
+    counts = fraction_counts(["setting"], table)
+    counts["shown"] = [f"{can} of {cells}" for can, cells in zip(counts[reading], counts["cells"])]
+    keys = ["benchmark", "questions", "count"]
+    wide = counts.pivot(index=keys, columns="setting", values="shown")
+    order = list(counts[keys].drop_duplicates().itertuples(index=False, name=None))
+    wide = wide.reindex(index=order, columns=list(counts["setting"].unique())).rename_axis(columns=None)
+    wide["by chance"] = [f"{share_of_fractions(questions):.0%}" for _, questions, _ in order]
+    return wide.reset_index()
+
+
+# The vanilla row of Table 13
+
+
+def vanilla() -> pd.DataFrame:
+    """Table 13's vanilla row beside the model card's numbers, with the shots of the card and of the tuned rows."""
+    import pandas as pd
+
+    printed = paper_table("table13")
+    rows = [
+        {
+            "model": model,
+            "benchmark": benchmark,
+            "vanilla": printed.loc[(model, "vanilla"), benchmark],
+            "model_card": value,
+            "equal": printed.loc[(model, "vanilla"), benchmark] == value,
+            "shots_of_card": MODEL_CARD_SHOTS[benchmark],
+            "shots_of_tuned_rows": PAPER_SHOTS[benchmark],
+        }
+        for benchmark, values in MODEL_CARD.items()
+        for model, value in values.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def drops() -> pd.DataFrame:
+    """Points that Table 13's tuned rows lie below vanilla, per benchmark and in the average.
+
+    Columns: model, method, mmlu (the same shots on both sides), arc_challenge (0 shots against 25), average, and
+    across_protocols: the share of the two drops together that is ARC-Challenge's.
+    """
+    import pandas as pd
+
+    printed = paper_table("table13")
+    rows = []
+    for model, method in printed.index:
+        if method == "vanilla":
+            continue
+        lost = printed.loc[(model, "vanilla")] - printed.loc[(model, method)]
+        mmlu, arc = lost["mmlu"], lost["arc_challenge"]
+        rows.append(
+            {
+                "model": model,
+                "method": method,
+                "mmlu": mmlu,
+                "arc_challenge": arc,
+                "average": lost["avg"],
+                "across_protocols": arc / (mmlu + arc),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+# Standard errors
+
+
+def standard_error(value: float, questions: int) -> float:
+    """Binomial standard error, in points, of an accuracy in percent over that many questions."""
+    share = value / 100
+    return 100 * math.sqrt(share * (1 - share) / questions)
+
+
+def _questions(benchmark: str) -> int:
+    return next(iter(QUESTIONS[benchmark].values()))
+
+
+def standard_errors(table: str = "table1") -> pd.DataFrame:
+    """One row per accuracy of a table whose number of questions is known: its binomial standard error in points."""
+    one_of("table", table, ACCURACIES)
+    found = reported().query("table == @table and benchmark in @QUESTIONS").reset_index(drop=True)
+    found["questions"] = [_questions(benchmark) for benchmark in found["benchmark"]]
+    found["standard_error"] = [standard_error(v, n) for v, n in zip(found["value"], found["questions"])]
+    return found
+
+
+def differences(
+    against: Sequence[str] = ("full", "random"),
+    threshold: float = 1.96,
+    questions: Mapping[str, int] | None = None,
+) -> pd.DataFrame:
+    """`alps` minus other methods, in points and in standard errors of a difference, per model and benchmark.
+
+    against: methods of Table 1. threshold: standard errors; 1.96 is 95 %. questions: other counts than the first ones
+    of `QUESTIONS`. Benchmarks are those of Tables 1 and 13 whose questions can be counted.
+
+    The standard error is that of two binomial accuracies on separate questions. Both models answered the same ones, for
+    which it may be smaller (or larger); that takes answers question by question, which the paper does not give.
+
+    Columns: model, benchmark, against, questions, alps, other, difference, standard_error, ratio (of the two, without
+    sign), below_1, below_threshold.
+    """
+    import pandas as pd
+
+    others = [name for name in paper_table("table1").index.unique("setting") if name != "alps"]
+    if not isinstance(against, (list, tuple)) or not against:
+        raise UserError(f"'against' is {against!r}: give a list of methods, such as ['full', 'random'].")
+    for method in against:
+        one_of("method", method, others)
+    if not (isinstance(threshold, (int, float)) and 0 < threshold < math.inf):
+        raise UserError(f"'threshold' is {threshold!r}: give a positive number of standard errors, such as 1.96.")
+    sizes = {**{name: _questions(name) for name in QUESTIONS}, **(questions or {})}
+    numbers = reported().query("table in ('table1', 'table13') and benchmark in @QUESTIONS")
+    values = numbers.set_index(["model", "setting", "benchmark"])["value"]
+    rows: list[dict[str, Any]] = []
+    for model in numbers["model"].unique():
+        for benchmark in numbers["benchmark"].unique():
+            alps, size = values[model, "alps", benchmark], sizes[benchmark]
+            for method in against:
+                other = values[model, method, benchmark]
+                error = math.hypot(standard_error(alps, size), standard_error(other, size))
+                ratio = abs(alps - other) / error
+                rows.append(
+                    {
+                        "model": model,
+                        "benchmark": benchmark,
+                        "against": method,
+                        "questions": size,
+                        "alps": alps,
+                        "other": other,
+                        "difference": alps - other,
+                        "standard_error": error,
+                        "ratio": ratio,
+                        "below_1": ratio < 1,
+                        "below_threshold": ratio < threshold,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def difference_counts(found: pd.DataFrame) -> pd.DataFrame:
+    """Of `differences()`, per method: pairs, those in favour of alps, below 1 and below the threshold."""
+    counts = found.assign(in_favour=found["difference"] > 0).groupby("against", sort=False)
+    return counts.agg(
+        pairs=("difference", "size"),
+        alps_higher=("in_favour", "sum"),
+        below_1=("below_1", "sum"),
+        below_threshold=("below_threshold", "sum"),
+    ).reset_index()
+
+
+LABELS = {
+    "gpqa": "GPQA",
+    "gsm8k": "GSM8K",
+    "math": "MATH",
+    "humaneval": "HumanEval",
+    "humaneval_plus": "HumanEval+",
+    "mbpp": "MBPP",
+    "mbpp_plus": "MBPP+",
+    "arc_challenge": "ARC-C",
+}
+
+
+def difference_figure(against: Sequence[str] = ("full", "random"), threshold: float = 1.96) -> Figure:
+    """`differences()` as points with bars of `threshold` standard errors, a panel a model."""
+    from matplotlib.figure import Figure
+
+    from alps_repro.figures import COLOURS
+
+    found = differences(against, threshold)
+    models, benchmarks = found["model"].unique(), found["benchmark"].unique()
+    figure = Figure(figsize=(7.4, 3.2 + 0.4 * len(against)), layout="constrained")
+    panels = figure.subplots(1, len(models), sharex=True, sharey=True)
+    apart = 0.3 if len(against) < 3 else 0.7 / len(against)
+    for axes, model in zip(panels, models):
+        axes.axvline(0, color="0.35", lw=0.8)
+        for i, method in enumerate(against):
+            part = found[(found["model"] == model) & (found["against"] == method)]
+            middle = (len(against) - 1) / 2
+            axes.errorbar(
+                part["difference"],
+                [row + (i - middle) * apart for row in range(len(benchmarks))],
+                xerr=threshold * part["standard_error"],
+                fmt="osD^v"[i],
+                color=COLOURS[i],
+                ms=4,
+                lw=1.2,
+                capsize=2,
+                label=f"alps − {method}",
+            )
+        axes.set_title(model, fontsize=10)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(benchmarks)), [LABELS[name] for name in benchmarks])
+    panels[0].invert_yaxis()
+    figure.supxlabel(f"points, ± {threshold:g} standard errors of a difference", fontsize=10)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=min(3, len(against)), frameon=False)
+    return figure
