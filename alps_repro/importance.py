@@ -278,6 +278,30 @@ def recall_by_metric(
     return pd.DataFrame(rows, columns=["metric", "head_matrix", "factor", "seed", "recall"])
 
 
+def peaks(model: Any) -> dict[str, np.ndarray]:
+    """The largest probability in each head's distribution (Eq. 6, tau 1): {head matrix: float64 (layers, heads)}.
+
+    Where one entry holds nearly all of it, the distribution hardly moves, whatever the head does.
+    """
+    import torch
+
+    with open_attention(model) as attention:
+        layout = attention.layout
+        found = {kind: np.empty((layout.layers, layout.heads)) for kind in ("product", "concat")}
+        for layer in range(layout.layers):
+            rows = {
+                part: own.double().view(-1, layout.head_dim, layout.hidden_size)
+                for part, own in attention.layer(layer).items()
+            }
+            for head in range(layout.heads):
+                query, key, value = (
+                    rows[p][i] for p, i in (("query", head), ("key", layout.group(head)), ("value", layout.group(head)))
+                )
+                found["product"][layer, head] = torch.softmax((query.T @ (key @ value.T)).flatten(), 0).max()
+                found["concat"][layer, head] = torch.softmax(torch.cat([query, key, value]).flatten(), 0).max()
+    return found
+
+
 # --- scores against importance --------------------------------------------------------------------------------------
 
 

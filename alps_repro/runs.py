@@ -24,7 +24,7 @@ from alps_repro.data import OFFLINE, data_hash, offline_splits, training_example
 from alps_repro.embeddings import embed, principal
 from alps_repro.errors import UserError, explained, one_of
 from alps_repro.evaluation import evaluate, headline
-from alps_repro.importance import COMPARED, READINGS, importance, recall_by_metric
+from alps_repro.importance import COMPARED, READINGS, importance, peaks, recall_by_metric
 from alps_repro.recipe import (
     EmbedConfig,
     EvaluateConfig,
@@ -248,7 +248,10 @@ def _made_once(config: Config, results: str | Path, make: Callable[[Path, Outcom
 
 
 def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = True) -> Record:
-    """How many moved heads each metric finds; `result["rows"]` is the table that `recall_by_metric` gives."""
+    """How many moved heads each metric finds: `result["rows"]` is the table that `recall_by_metric` gives.
+
+    `result["peaks"]`: the largest probability in each head's distribution, {head matrix: (layers, heads)}.
+    """
 
     def make(results: Path, outcome: Outcome) -> None:
         found = recall_by_metric(
@@ -259,7 +262,8 @@ def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = Tr
             background=config.background,
             progress=progress,
         )
-        outcome.result = {"rows": found.to_dict("records")}
+        peaked = {kind: values.tolist() for kind, values in peaks(config.base).items()}
+        outcome.result = {"rows": found.to_dict("records"), "peaks": peaked}
 
     return _made_once(config, results, make)
 

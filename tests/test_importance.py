@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import softmax
 from scipy.stats import kendalltau, spearmanr
 from test_heads import Probe
 from tiny_models import TINY, tiny_checkpoint, tiny_model
@@ -26,6 +27,7 @@ from alps_repro.importance import (
     importance,
     importance_figure,
     moved,
+    peaks,
     recall,
     recall_by_metric,
     recall_figure,
@@ -418,3 +420,19 @@ def test_figures_are_the_same_bytes_again(table, tmp_path):
         figures.save(recall_figure(table), tmp_path / folder, "recall")
     once, again = (sorted(Path(tmp_path / folder).iterdir()) for folder in ("once", "again"))
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+
+
+# --- peaks ----------------------------------------------------------------------------------------------------------
+
+
+def test_peaks_are_the_largest_entries_of_the_softmax() -> None:
+    model = tiny_model("llama")
+    attention, width = model.model.layers[1].self_attn, 8
+    query, key, value = (getattr(attention, f"{p}_proj").weight.detach().double().numpy() for p in "qkv")
+    own = slice(3 * width, 4 * width), slice(1 * width, 2 * width)  # head 3 reads group 1
+    matrix = query[own[0]].T @ (key[own[1]] @ value[own[1]].T)
+    joined = np.concatenate([query[own[0]], key[own[1]], value[own[1]]])
+    found = peaks(model)
+    assert found["product"].shape == (2, 4)
+    assert found["product"][1, 3] == pytest.approx(softmax(matrix, axis=None).max(), rel=1e-12)
+    assert found["concat"][1, 3] == pytest.approx(softmax(joined, axis=None).max(), rel=1e-12)
