@@ -13,7 +13,7 @@ from alps_repro.experiments import TABLES, cells
 from alps_repro.methods import METHODS
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile
 from alps_repro.records import Record, load_record, record_path
-from alps_repro.tables import lower_is_better, paper_table
+from alps_repro.tables import digits, lower_is_better, paper_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,8 +78,9 @@ def cite(profile: Profile, table: str, row: str, column: str, model: str | None 
 
 def number_text(entry: pd.Series) -> str:
     """A number of a paper table with half the width of its interval, and its unit."""
-    half = "" if math.isnan(entry["half_width"]) else f" ± {entry['half_width']:.2f}"
-    return f"{entry['mean']:.2f}{half} {'nats per token' if lower_is_better(entry['column']) else '%'}"
+    places = digits(entry["column"])
+    half = "" if math.isnan(entry["half_width"]) else f" ± {entry['half_width']:.{places}f}"
+    return f"{entry['mean']:.{places}f}{half} {'nats per token' if lower_is_better(entry['column']) else '%'}"
 
 
 def record_names(long: pd.DataFrame, entry: pd.Series) -> list[str]:

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 #: What counts as nothing: an advantage that the interval excludes to be this large does not hold.
 MARGINS = {"accuracy": 1.0, "log_likelihood": 0.02, "loss": 0.01, "time": 0.02}
-UNITS = {"accuracy": "points", "log_likelihood": "nats per answer", "loss": "nats per token", "time": "share of a step"}
+UNITS = {
+    "accuracy": "points",
+    "log_likelihood": "nats per answer",
+    "loss": "nats per token",
+    "time": "of a step's time",
+}
 
 
 @dataclass(frozen=True)
@@ -80,35 +85,64 @@ class Effect:
     detectable: float
 
 
-def effect(differences: Sequence[np.ndarray]) -> Effect:
-    """The mean over blocks of paired differences, each (seeds, questions), with seeds and questions as random.
+@dataclass(frozen=True)
+class Block:
+    """Paired differences (seeds, questions) of one model, family and task.
 
-    The variance of a block's mean over seeds i and questions j of d_ij = m + s_i + q_j + e_ij is estimated from the
-    mean squares of the two-way table: (MS_seeds + MS_questions - MS_rest) / (seeds · questions), not below that of
-    the larger one. Degrees of freedom by Satterthwaite. One seed: questions alone.
+    model: its runs of one seed are one draw, since a seed decides which heads are drawn, whatever the family. task: its
+    questions are the same wherever it is asked. seeds: those of the lines.
+    """
+
+    values: np.ndarray
+    model: str
+    task: str
+    seeds: tuple[int, ...]
+
+
+def effect(blocks: Sequence[Block]) -> Effect:
+    """The mean over blocks of their mean differences, with seeds and questions as random.
+
+    A block's differences are d_ij = m + s_i + q_j + e_ij, of seed i and question j. Blocks may share s_i (of one
+    model) and q_j (of one task). The mean's variance is the sum over tasks of that of its means by question, and over
+    models of that of its means by seed, less what of the latter is the rest's (the mean square of e_ij) and thereby in
+    the former already; not below zero. For one block these are the mean squares of the two-way table:
+    (MS_questions + MS_seeds - MS_rest) / (seeds · questions). Degrees of freedom by Satterthwaite. One seed: questions
+    alone.
     """
     from scipy.stats import t
 
-    parts: list[tuple[float, float]] = []  # (variance of the block's mean that a mean square brings, its degrees)
-    for block in differences:
-        seeds, questions = block.shape
-        size = block.size
-        by_seed, by_question, mean = block.mean(1), block.mean(0), block.mean()
-        of_questions = seeds * ((by_question - mean) ** 2).sum() / (questions - 1)
-        terms = [(of_questions / size, questions - 1)]
+    count = len(blocks)
+    mean = float(np.mean([block.values.mean() for block in blocks]))
+    of_questions: dict[tuple[str, int], Any] = {}  # what each question of a task adds to the mean
+    of_seeds: dict[str, dict[int, float]] = {}  # what each seed of a model does
+    of_rest: dict[str, list[tuple[float, int]]] = {}  # a model's rest, as parts of the variance with their degrees
+    for block in blocks:
+        (seeds, questions), own = block.values.shape, block.values - block.values.mean()
+        lines, columns = own.mean(1), own.mean(0)
+        place = block.task, questions
+        of_questions[place] = of_questions.get(place, 0.0) + columns / (count * questions)
         if seeds > 1:
-            of_seeds = questions * ((by_seed - mean) ** 2).sum() / (seeds - 1)
-            rest = block - by_seed[:, None] - by_question[None] + mean
-            of_rest = (rest**2).sum() / ((seeds - 1) * (questions - 1))
-            terms.append((max(of_seeds - of_rest, 0.0) / size, seeds - 1))
-        parts += terms
-    count = len(differences)
-    mean = float(np.mean([block.mean() for block in differences]))
-    variance = sum(v for v, _ in parts) / count**2
+            drawn = of_seeds.setdefault(block.model, {})
+            for seed, line in zip(block.seeds, lines):
+                drawn[seed] = drawn.get(seed, 0.0) + line / (count * seeds)
+            degrees = (seeds - 1) * max(questions - 1, 1)
+            square = ((own - lines[:, None] - columns) ** 2).sum() / degrees
+            of_rest.setdefault(block.model, []).append((square / (block.values.size * count**2), degrees))
+
+    def part(drawn: np.ndarray) -> tuple[float, int]:
+        degrees = max(len(drawn) - 1, 1)
+        return float((drawn**2).sum()) * len(drawn) / degrees, degrees
+
+    parts = [part(drawn) for drawn in of_questions.values()]
+    for model, drawn in of_seeds.items():
+        trained, rest = part(np.array(list(drawn.values()))), of_rest[model]
+        if trained[0] > sum(own for own, _ in rest):
+            parts += [trained, *((-own, degrees) for own, degrees in rest)]
+    variance = sum(own for own, _ in parts)
     if variance == 0:
         return Effect(mean, mean, mean, 0.0)
-    degrees = variance**2 / sum((v / count**2) ** 2 / n for v, n in parts)
     error = math.sqrt(variance)
+    degrees = variance**2 / sum(own**2 / degrees for own, degrees in parts)
     reach = float(t.ppf(0.975, degrees))
     return Effect(mean, mean - reach * error, mean + reach * error, (reach + float(t.ppf(0.8, degrees))) * error)
 
@@ -135,13 +169,13 @@ def _grid(profile: Profile, table: str) -> dict[tuple[str, str, int | None], tup
     return found
 
 
-def differences(profile: Profile, table: str, row: str, other: str, measure: str) -> list[np.ndarray]:
-    """Paired differences `row` - `other`: an array (seeds, questions) for every model, family and task.
+def differences(profile: Profile, table: str, row: str, other: str, measure: str) -> list[Block]:
+    """Paired differences `row` - `other`, for every model, family and task.
 
     Only seeds that both rows have are taken; a row that trains nothing stands for every seed.
     """
     grid = _grid(profile, table)
-    blocks: list[np.ndarray] = []
+    blocks: list[Block] = []
     for place in dict.fromkeys(place for _, place, _ in grid):
         own, others = (
             {seed: found for (name, where, seed), found in grid.items() if name == which and where == place}
@@ -151,14 +185,14 @@ def differences(profile: Profile, table: str, row: str, other: str, measure: str
         if not seeds:
             continue
         for task in own[seeds[0]][0].tasks:
-            lines = []
+            lines: dict[int, np.ndarray] = {}
             for seed in seeds:
                 ours = values(own[seed][1], task, measure)
                 theirs = values((others.get(seed) or others[None])[1], task, measure)
                 if ours is not None and theirs is not None:
-                    lines.append(ours - theirs)
+                    lines[seed] = ours - theirs
             if lines:
-                blocks.append(np.array(lines))
+                blocks.append(Block(np.array(list(lines.values())), own[seeds[0]][0].base, task, tuple(lines)))
     return blocks
 
 
@@ -167,7 +201,7 @@ def verdict(found: Effect, margin: float) -> str:
     return "holds" if found.low > 0 else "fails" if found.high < margin else "undecided"
 
 
-def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, Effect, list[np.ndarray]]]:
+def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, Effect, list[Block]]]:
     for other in claim.others:
         if blocks := differences(profile, claim.table, claim.row, other, measure):
             yield other, effect(blocks), blocks
@@ -178,6 +212,7 @@ def decided(profile: Profile) -> pd.DataFrame:
 
     Columns: claim, says, measure, unit, test, effect, ci_low, ci_high, detectable, seeds, questions, verdict. Where a
     claim has several others, the row shows the one that it comes off worst against, and holds if it holds for all.
+    Whether a step is cheaper stands beside Table 1, from a benchmark, whose rounds are no seeds.
     """
     import pandas as pd
 
@@ -198,6 +233,8 @@ def decided(profile: Profile) -> pd.DataFrame:
             test = f"{claim.row} - {other} in {claim.table}, paired over seeds and questions"
             if len(claim.others) > 1:
                 test += f"; the worst of {len(found)} comparisons, which all have to hold"
+            if missing := sorted({*claim.others} - {name for name, _, _ in found}, key=claim.others.index):
+                test += f"; not measured yet: {', '.join(missing)}"
             rows.append(
                 {
                     "claim": name,
@@ -209,19 +246,23 @@ def decided(profile: Profile) -> pd.DataFrame:
                     "ci_low": worst.low,
                     "ci_high": worst.high,
                     "detectable": worst.detectable,
-                    "seeds": min(len(block) for block in blocks),
-                    "questions": sum(block.shape[1] for block in blocks),
+                    "seeds": min(len(block.seeds) for block in blocks),
+                    "questions": sum({block.task: block.values.shape[1] for block in blocks}.values()),
                     "verdict": whole,
                 }
             )
-    rows += _time()
     if not rows:
         raise UserError(f"No claim can be tested yet: '{profile.results}' holds no pair of rows to compare.")
-    return pd.DataFrame(rows)
+    if "table1" in profile.tables:
+        rows += _time()
+    return pd.DataFrame(rows).astype({"seeds": "Int64", "questions": "Int64"})
 
 
 def _time() -> list[dict[str, Any]]:
-    """Whether a training step is cheaper, from the benchmark's rounds: each gives one ratio of medians."""
+    """Whether a training step of SmolLM2 is cheaper, from the benchmark's rounds: each gives one ratio of medians."""
+    import pandas as pd
+    from scipy.stats import sem, t
+
     path = Path(__file__).parents[1] / "results" / "benchmarks" / "training.json"
     if not path.exists():
         return []
@@ -233,8 +274,6 @@ def _time() -> list[dict[str, Any]]:
     ):
         pairs = zip(rounds[own], rounds["full_answer_only"])
         saved = np.array([[1 - np.median(a["seconds"]) / np.median(b["seconds"])] for a, b in pairs])
-        from scipy.stats import sem, t
-
         mean, error = float(saved.mean()), float(sem(saved[:, 0]))
         reach = float(t.ppf(0.975, len(saved) - 1))
         power = float(t.ppf(0.8, len(saved) - 1))
@@ -245,13 +284,14 @@ def _time() -> list[dict[str, Any]]:
                 "says": says,
                 "measure": "time",
                 "unit": UNITS["time"],
-                "test": f"1 - {own} / full_answer_only, seconds a step, over {len(saved)} rounds of make bench",
+                "test": f"1 - {own} / full_answer_only, median seconds a step of SmolLM2, over {len(saved)} rounds of make "
+                "bench (the same steps measured again, not seeds)",
                 "effect": found.mean,
                 "ci_low": found.low,
                 "ci_high": found.high,
                 "detectable": found.detectable,
-                "seeds": len(saved),
-                "questions": None,
+                "seeds": pd.NA,
+                "questions": pd.NA,
                 "verdict": verdict(found, MARGINS["time"]),
             }
         )
@@ -269,7 +309,7 @@ def to_read(claims: pd.DataFrame) -> pd.DataFrame:
             "effect": f"{row.effect:+.{digits[row.measure]}f} {row.unit}",
             "95 % interval": f"{row.ci_low:+.{digits[row.measure]}f} to {row.ci_high:+.{digits[row.measure]}f}",
             "could have seen": f"{row.detectable:.{digits[row.measure]}f}",
-            "seeds": row.seeds,
+            "seeds": "–" if pd.isna(row.seeds) else row.seeds,
             "here": row.verdict,
         }
         for row in claims.itertuples()

@@ -221,7 +221,7 @@ def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or 
     console.print()
     console.print((results / "tables" / "summary.md").read_text(), soft_wrap=True, markup=False)
     console.print(f"{(time.perf_counter() - start) / 60:.1f} minutes. Look at:")
-    for what in ("tables/summary.md", "figures/heatmap.png", "notebooks/06_report.ipynb", "records"):
+    for what in ("claims.md", "tables/summary.md", "figures", "notebooks/06_report.ipynb", "records"):
         console.print(f"  {results / what}", soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,14 +40,15 @@ class Settings(BaseModel):
         try:
             return cls(**settings)
         except ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
+            # A name that is mistyped is missing, too: it is told as what it was meant to be.
+            first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
             cause = first.get("ctx", {}).get("error")
             where = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
-                owner = cls.model_fields[str(first["loc"][0])].annotation
-                known = owner.model_fields if isinstance(owner, type) and issubclass(owner, Settings) else ()
-                hint = nearest(str(first["loc"][-1]), known) if known else f"see {cls.__name__}."
-                raise UserError(f"There is no parameter '{where}': {hint}") from None
+                raise UserError(
+                    f"There is no parameter '{where}': {nearest(str(first['loc'][-1]), _known_at(cls, first['loc']))}"
+                ) from None
             if first["type"] == "missing":
                 raise UserError(f"The parameter '{where}' is missing: say what it is.") from None
             text = (
@@ -63,6 +64,22 @@ class Settings(BaseModel):
     def digest(self) -> str:
         """First 10 hex digits of the SHA-256 of `dump`."""
         return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _known_at(kind: type[Settings], place: Sequence[str | int]) -> set[str]:
+    """The parameters that are known where pydantic found one that is not; `place` ends with that one."""
+    owners = [kind]
+    for part in place[:-1]:
+        inner = [owner.model_fields[part].annotation for owner in owners if part in owner.model_fields]
+        owners = [found for annotation in inner for found in _settings_in(annotation)] or owners
+        owners = [owner for owner in owners if owner.__name__ == part] or owners  # which of several it was tried as
+    return {name for owner in owners for name in owner.model_fields}
+
+
+def _settings_in(annotation: Any) -> list[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _settings_in(inner)]
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -213,6 +230,11 @@ class ImportanceConfig(Settings):
     batch_size: int = Field(16, gt=0)
     head_matrix: str = "product"
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        one_of("offline data set", self.task_model.dataset, OFFLINE)
+        return self
+
     @property
     def name(self) -> str:
         return _slug(f"{self.base}-{self.task_model.dataset}-{self.digest}")
@@ -276,7 +298,7 @@ class Run(Settings):
     heads_from: str = Field(description="the data set of the task model that the heads are localized on")
     source: str = "full"
     quantization: str = "none"
-    data_share: float = 1.0
+    data_share: float = Field(1.0, gt=0, le=1)
     learning_rate: float | None = None
     max_steps: int | None = None
 
@@ -346,6 +368,7 @@ class Profile(Settings):
     eval_batch_size: int = 16
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
+    threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
     score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")
     knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, asked of Table 1's models")
 
@@ -372,7 +395,10 @@ class Profile(Settings):
                 Recipe.check(**{**self.recipe.model_dump(), **settings})
         for name in self.candidates:
             one_of("offline data set", name, OFFLINE)
-        for coverage in self.tables.values():
+        from alps_repro.experiments import TABLES  # which is made of profiles
+
+        for table, coverage in self.tables.items():
+            one_of("table", table, TABLES)
             for family in coverage.families or ():
                 one_of("family", family, self.families)
             for method in coverage.methods or ():
@@ -523,7 +549,7 @@ class Profile(Settings):
         return EvaluateConfig.check(
             model=run.base if run.method == "vanilla" else self.finetuning(run),
             tasks=tuple(tasks),
-            limit=limit or self.limit,
+            limit=self.limit if limit is None else limit,
             batch_size=self.eval_batch_size,
             quantization=run.quantization,
             template=self.template,

@@ -296,8 +296,8 @@ class _Report:
             "over": f"{entry['seeds']} seeds" if entry["spread"] == "seeds" else entry["spread"] or "–",
             "best": bool(entry["best"]),
             "log_likelihood": _number(entry["log_likelihood"], ".3f"),
-            "against_full": _number(entry["against_full"], "+.2f"),
-            "reported": _number(entry["reported"], ".2f"),
+            "against_full": _number(entry["against_full"], f"+.{tables.digits(column)}f"),
+            "reported": _number(entry["reported"], f".{tables.digits(column)}f"),
             "links": list(dict.fromkeys(links)),  # what trains nothing stands for every seed
         }
 
@@ -413,7 +413,7 @@ def _number(value: float, form: str) -> str:
 
 
 def _score(task: str, score: float) -> str:
-    return f"{score:.3f} nats" if tables.lower_is_better(task) else f"{100 * score:.2f} %"
+    return f"{score:.4f} nats" if tables.lower_is_better(task) else f"{100 * score:.2f} %"
 
 
 def _shown(results: Path) -> Path:

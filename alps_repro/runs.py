@@ -20,9 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from alps_repro.checkpoints import is_adapter, load_model, model_hash, resolve
-from alps_repro.data import OFFLINE, data_hash, offline_splits, training_examples
+from alps_repro.data import data_hash, offline_splits, training_examples
 from alps_repro.embeddings import embed, principal
-from alps_repro.errors import UserError, explained, one_of
+from alps_repro.errors import UserError, explained
 from alps_repro.evaluation import evaluate, headline
 from alps_repro.importance import COMPARED, READINGS, importance, peaks, recall_by_metric
 from alps_repro.recipe import (
@@ -94,12 +94,12 @@ def _finetune(
 ) -> tuple[Record, Path]:
     with recorded(results / "records", config) as outcome:
         outcome.model_sha256["base"] = model_hash(resolve(config.base))
-        if model.parent == results / "models":
-            shutil.rmtree(model, ignore_errors=True)  # of a run that was cut off before its record
+        output = results / "models" / config.name
+        shutil.rmtree(output, ignore_errors=True)  # of a run that was cut off before its record
         tuned = finetune(
             config.base,
             config.dataset,
-            model,
+            output,
             method=config.method,
             ratio=config.ratio,
             scope=config.scope,
@@ -292,7 +292,6 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
         outcome.data_sha256[config.task_model.dataset] = data_hash(questions)
         outcome.result = {"importance": lost.tolist(), "scores": scores}
 
-    one_of("offline data set", config.task_model.dataset, OFFLINE)
     return _made_once(config, results, make)
 
 

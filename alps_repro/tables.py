@@ -23,6 +23,12 @@ from alps_repro.records import Record, load_record, load_records, record_path, w
 if TYPE_CHECKING:
     import pandas as pd
 
+#: Of a paper table's CSV.
+PAPER_COLUMNS = [
+    *["model", "row", "column", "mean", "half_width", "spread", "seeds", "best", "against_full", "log_likelihood"],
+    *["log_likelihood_half_width", "reported", "difference", "records"],
+]
+
 
 def interval(score: float, questions: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy over that many questions (spread over items, not seeds)."""
@@ -44,7 +50,7 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
 
     Columns: base, dataset, method, ratio, scope, quantization, seed, task, score, low, high (95 % over questions),
     strict, log_likelihood (of right answers, nats), questions, trained_parameters, trained_share, training_seconds,
-    record. Scores are in percent.
+    record. Scores are in percent, losses in nats.
     """
     import pandas as pd
 
@@ -68,7 +74,7 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
                     "quantization": record.config.quantization,
                     "seed": tuned.seed if tuned else None,
                     "task": task,
-                    "score": 100 * score,
+                    "score": score if lower_is_better(task) else 100 * score,
                     "low": None if low is None else 100 * low,
                     "high": None if high is None else 100 * high,
                     "strict": None if strict is None else 100 * strict,
@@ -104,7 +110,10 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
                 f"{row.trained_parameters:,} ({row.trained_share:.1%})" for row in table.itertuples()
             ],
             "task": table["task"],
-            "score, %": [f"{score:.1f}" for score in table["score"]],
+            "score, %": [
+                f"{row.score:.4f} nats" if lower_is_better(row.task) else f"{row.score:.1f}"
+                for row in table.itertuples()
+            ],
             "95 % interval": [
                 "–" if pd.isna(row.low) else f"{row.low:.1f} to {row.high:.1f}" for row in table.itertuples()
             ],
@@ -181,8 +190,8 @@ def paper_table(profile: Profile, table: str) -> pd.DataFrame:
     Columns: model, row, column (a task, a family, or `avg`), mean (percent, or nats for a loss), half_width (of the
     95 % interval), spread (`seeds`, or `questions` where there is one training seed), seeds, best (of its column,
     vanilla left out), against_full (the difference to the row `full`), log_likelihood (mean over seeds of the right
-    answers', nats), reported and difference (the paper's number where the model is the same, and ours minus it),
-    records (names, joined by spaces).
+    answers', nats) and log_likelihood_half_width (over seeds), reported and difference (the paper's number where the
+    model is the same, and ours minus it), records (names, joined by spaces).
     """
     import pandas as pd
 
@@ -191,25 +200,37 @@ def paper_table(profile: Profile, table: str) -> pd.DataFrame:
     found["loss"] = found["task"].map(lower_is_better)
     found["value"] = found["score"].where(found["loss"], 100 * found["score"])
     keys = ["model", "row", "column"]
-    one = found.groupby([*keys, "seed"], sort=False, dropna=False)
+    each = [*keys, "seed"]
+    one = found.groupby(each, sort=False, dropna=False)
     # One number a seed: the mean over a column's tasks, or over the families whose models were asked the same.
-    seeds = one.agg(value=("value", "mean"), log_likelihood=("log_likelihood", "mean"), loss=("loss", "first"))
-    seeds = seeds.join(one["questions"].sum()).join(one["record"].unique()).reset_index()
+    seeds = one.agg(value=("value", "mean"), log_likelihood=("log_likelihood", _whole_mean), loss=("loss", "first"))
+    # The same questions say nothing new when they are asked again, least of all of the same model: they count once.
+    asked = found.drop_duplicates([*each, "task"]).groupby(each, sort=False, dropna=False)["questions"].sum()
+    seeds = seeds.join(asked).join(one["record"].unique()).reset_index()
     full = seeds[~seeds["loss"]].groupby(["model", "row", "seed"], sort=False, dropna=False)
     if not TABLES[table].by_family or found["family"].nunique() > 1:
         columns = found.loc[~found["loss"], "column"].nunique()
-        average = full.agg(value=("value", "mean"), questions=("questions", "sum"), parts=("column", "nunique"))
+        average = full.agg(
+            value=("value", "mean"),
+            log_likelihood=("log_likelihood", _whole_mean),
+            questions=("questions", "sum"),
+            parts=("column", "nunique"),
+        )
         average = average[average["parts"] == columns].drop(columns="parts").reset_index()  # nothing is left out of it
         average["record"] = [[] for _ in range(len(average))]
         if columns > 1 and len(average):
             seeds = pd.concat([seeds, average.assign(column="avg", loss=False)], ignore_index=True)
     rows = [_entry(key, group) for key, group in seeds.groupby(keys, sort=False)]
-    out = pd.DataFrame(rows)
-    out = _against_full(out.merge(_reported(table), how="left", on=keys))
-    order = {name: i for names in (dict.fromkeys(found[k]) for k in keys) for i, name in enumerate(names)} | {
-        "avg": 999
-    }
-    return out.sort_values(keys, key=lambda column: column.map(order), kind="stable").reset_index(drop=True)
+    out = _against_full(pd.DataFrame(rows)).drop(columns="loss").merge(_reported(table), how="left", on=keys)
+    out["difference"] = out["mean"] - out["reported"]
+    order = {key: {name: i for i, name in enumerate(dict.fromkeys(found[key]))} | {"avg": 999} for key in keys}
+    out = out.sort_values(keys, key=lambda column: column.map(order[str(column.name)]), kind="stable")
+    return out[PAPER_COLUMNS].reset_index(drop=True)
+
+
+def _whole_mean(values: pd.Series) -> float:
+    """The mean, or NaN where a part is missing."""
+    return values.mean(skipna=False)
 
 
 def lower_is_better(task: str) -> bool:
@@ -217,8 +238,13 @@ def lower_is_better(task: str) -> bool:
     return task in KNOWLEDGE and not KNOWLEDGE[task].higher_is_better
 
 
+def digits(column: str) -> int:
+    """Decimals that the numbers of a column are printed with: points have 2, a loss in nats 4."""
+    return 4 if lower_is_better(column) else 2
+
+
 def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
-    values, questions = list(seeds["value"]), seeds["questions"].sum()
+    values, questions, likelihoods = list(seeds["value"]), seeds["questions"].sum(), list(seeds["log_likelihood"])
     half, spread = math.nan, ""
     if len(values) > 1:
         half, spread = over_seeds(values), "seeds"
@@ -232,20 +258,20 @@ def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
         "spread": spread,
         "seeds": seeds["seed"].notna().sum(),
         "loss": bool(seeds["loss"].iloc[0]),
-        "log_likelihood": seeds["log_likelihood"].mean(),
+        "log_likelihood": sum(likelihoods) / len(likelihoods),
+        "log_likelihood_half_width": over_seeds(likelihoods) if len(likelihoods) > 1 else math.nan,
         "records": " ".join(dict.fromkeys(name for names in seeds["record"] for name in names)),
     }
 
 
 def _against_full(table: pd.DataFrame) -> pd.DataFrame:
-    """Add `best` and `against_full`, and the difference to what the paper reports."""
+    """Add `best` and `against_full`."""
     full = table[table["row"].isin(("full", "100"))].set_index(["model", "column"])["mean"]
     keys = list(zip(table["model"], table["column"]))
     table["against_full"] = table["mean"] - [full.get(key, math.nan) for key in keys]
     signed = table["mean"].where(~table["loss"], -table["mean"]).where(table["row"] != "vanilla")
     table["best"] = signed == signed.groupby([table["model"], table["column"]]).transform("max")
-    table["difference"] = table["mean"] - table["reported"]
-    return table.drop(columns="loss")
+    return table
 
 
 def _reported(table: str) -> pd.DataFrame:
@@ -253,30 +279,31 @@ def _reported(table: str) -> pd.DataFrame:
     paper = reported()
     paper = paper[paper["table"] == TABLES[table].reported].copy()
     paper["model"] = "meta-llama/" + paper["model"]
-    names = {"gpqa": "gpqa_main_zeroshot", "math": "math" if TABLES[table].by_family else "hendrycks_math"}
-    paper["column"] = paper["benchmark"].replace(names)
+    names = {"gpqa": "gpqa_main_zeroshot", "math": "hendrycks_math"}
+    paper["column"] = paper["benchmark"].replace({} if TABLES[table].by_family else names)
     paper["row"] = paper["setting"]
     if paper["train_task"].notna().any():
         paper["row"] = paper["setting"] + "/" + paper["train_task"]
     return paper.rename(columns={"value": "reported"})[["model", "row", "column", "reported"]]
 
 
-def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
+def paper_layout(table: pd.DataFrame, decimals: int | None = None) -> pd.DataFrame:
     """A paper table as it is printed: a line per model and row, a column per benchmark.
 
     Cells: mean ± half the width of the 95 % interval, an arrow for above or below `full`, the best in bold
-    (Markdown's), and in brackets the paper's number where it has one.
+    (Markdown's), and in brackets the paper's number where it has one. decimals: by default 2, of losses 4.
     """
     import pandas as pd
 
     def cell(row: Any) -> str:
-        text = f"{row.mean:.2f}"
+        places = decimals or digits(row.column)
+        text = f"{row.mean:.{places}f}"
         if not math.isnan(row.half_width):
-            text += f" ± {row.half_width:.2f}"
+            text += f" ± {row.half_width:.{places}f}"
         text = f"**{text}**" if row.best else text
         if row.row not in ("full", "100", "vanilla") and not math.isnan(row.against_full):
             text += " ↑" if row.against_full > 0 else " ↓" if row.against_full < 0 else " ="
-        return text if pd.isna(row.reported) else f"{text} (paper {row.reported:.2f})"
+        return text if pd.isna(row.reported) else f"{text} (paper {row.reported:.{places}f})"
 
     shown = table.assign(cell=[cell(row) for row in table.itertuples()])
     lines = list(dict.fromkeys(zip(shown["model"], shown["row"])))
@@ -285,15 +312,28 @@ def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
     return wide.fillna("–").rename_axis(columns=None).reset_index()
 
 
+def log_likelihoods(table: pd.DataFrame) -> pd.DataFrame:
+    """The same rows and columns of a paper table, of the right answers' log-likelihoods; without columns of none."""
+    own = table.assign(mean=table["log_likelihood"], half_width=table["log_likelihood_half_width"], loss=False)
+    own["spread"] = own["half_width"].notna().map({True: "seeds", False: ""})
+    own["reported"] = math.nan
+    there = own.groupby("column")["mean"].transform("count") > 0
+    return _against_full(own[there].reset_index(drop=True))
+
+
 def spread_note(table: pd.DataFrame) -> str:
-    """One sentence on what the intervals of a paper table are over."""
+    """What the intervals of a paper table are over, and which of its columns are losses, in a sentence each."""
+    losses = [column for column in dict.fromkeys(table["column"]) if lower_is_better(column)]
+    told = f" {', '.join(losses)}: loss in nats per token, where lower is better." if losses else ""
     found = [name for name in dict.fromkeys(table["spread"]) if name]
+    if not found:
+        return f"There is no interval: one training seed says nothing of others.{told}"
     seeds = sorted({int(n) for n in table.loc[table["spread"] == "seeds", "seeds"]})
     parts = {
         "seeds": f"{' or '.join(map(str, seeds))} training seeds (Student's t)",
         "questions": "questions, where there is one training seed or nothing was trained (Wilson)",
     }
-    return f"± is half the width of the 95 % interval over {'; or over '.join(parts[name] for name in found)}."
+    return f"± is half the width of the 95 % interval over {'; or over '.join(parts[name] for name in found)}.{told}"
 
 
 def write_paper_table(profile: Profile, table: str) -> list[Path]:
@@ -302,16 +342,30 @@ def write_paper_table(profile: Profile, table: str) -> list[Path]:
     shown = paper_layout(long)
     note = spread_note(long)
     markdown = f"**{TABLES[table].title}.** {note}\n\n{shown.to_markdown(index=False, disable_numparse=True)}"
+    likelihoods = log_likelihoods(long)
+    if len(likelihoods):
+        below = paper_layout(likelihoods, decimals=3).to_markdown(index=False, disable_numparse=True)
+        about = "Log-likelihood of the right answers, nats, where higher is better."
+        markdown += f"\n\n{about} {spread_note(likelihoods)}\n\n{below}"
     latex = shown.map(lambda text: re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", _latex(text)))
     latex.columns = [_latex(name) for name in latex.columns]
     tex = f"% {note}\n" + latex.to_latex(index=False, escape=False)
     return _write(Path(profile.results) / "tables", table, long, markdown, tex)
 
 
+#: What LaTeX reads as a command, and signs that its fonts lack.
+_LATEX = {sign: f"\\{sign}" for sign in "_%&#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$",
+}
+
+
 def _latex(text: str) -> str:
-    for sign, command in {"_": r"\_", "%": r"\%", "±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}.items():
-        text = text.replace(sign, command)
-    return text
+    return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
 def write(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 from tiny_models import tiny_checkpoint
 
-from alps_repro.cli import main
+from alps_repro import tables
+from alps_repro.cli import app, main
+from alps_repro.experiments import evaluations
+from alps_repro.recipe import Profile
 from alps_repro.records import load_records
+from alps_repro.runs import evaluate_run
 from alps_repro.scores import HeadScores
 
 SMALL = [f"--set={setting}" for setting in ("max_steps=2", "batch_size=2", "micro_batch_size=2", "learning_rate=1e-3")]
@@ -155,6 +160,83 @@ def test_ratio_of_a_method_that_has_none_makes_no_other_run(shell: Shell, models
     assert sorted(methods) == ["alps", "full"]
 
 
+@pytest.fixture(scope="module")
+def profile(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile, all of whose runs are done."""
+    folder = tmp_path_factory.mktemp("profile")
+    settings = {
+        "results": str(folder / "results"),
+        "models": [str(models / "base")],
+        "families": {"sums": {"datasets": ["chain_sum"]}},
+        "tables": {"table1": {"methods": ["full", "alps"]}, "table2": {}},
+        "metrics": ["pad"],
+        "scope": "heads",
+        "ratio": 0.25,
+        "limit": 4,
+        "recipe": {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-3},
+    }
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    for cell in evaluations(Profile.load(str(path))).values():
+        evaluate_run(cell.config, folder / "results", progress=False)
+    return path
+
+
+def test_tables_and_figures_of_a_profile(shell: Shell, profile: Path) -> None:
+    """All of them, or those that are named; each once, and printed."""
+    results = profile.with_name("results")
+    for words, names in ((["table2"], ["table2"]), ([], ["table1", "table2"])):
+        shutil.rmtree(results / "tables", ignore_errors=True)
+        made = shell("table", profile, *words)
+        assert made.status == 0
+        assert {path.name for path in (results / "tables").iterdir()} == {
+            f"{name}.{suffix}" for name in names for suffix in ("csv", "md", "tex")
+        }
+        for path in (results / "tables").iterdir():
+            assert str(path) in made.out.splitlines()
+            assert path.suffix != ".md" or path.read_text() in made.out
+    table = tables.paper_table(Profile.load(str(profile)), "table1")
+    assert (results / "tables" / "table1.csv").read_text() == table.to_csv(index=False, lineterminator="\n")
+    for words in (["figure5"], []):
+        drawn = shell("figure", profile, *words)
+        assert drawn.status == 0
+        paths = [results / "figures" / f"figure5.{suffix}" for suffix in ("svg", "png")]
+        assert drawn.out.splitlines() == [str(path) for path in paths]
+        assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_folder_has_one_table_whatever_made_its_records(shell: Shell, profile: Path) -> None:
+    """A results folder is known by its records/, and its summary needs no profile."""
+    made = shell("table", profile.with_name("results"))
+    assert made.status == 0
+    assert [Path(line).name for line in made.out.splitlines() if line.startswith("/")] == [
+        f"summary.{suffix}" for suffix in ("csv", "md", "tex")
+    ]
+
+
+def test_report_cite_verify_plan(shell: Shell, profile: Path, tmp_path: Path) -> None:
+    """That each is there and ends well; what it says is tested where it is made."""
+    results = profile.with_name("results")
+    report = shell("report", profile)
+    assert report.status == 0
+    assert Path(report.out.strip()).is_file()
+    cited = shell("cite", profile, "table1", "alps", "chain_sum", "--model", Profile.load(str(profile)).models[0])
+    assert cited.status == 0
+    assert "@" in cited.out
+    planned = shell("plan", profile, "--card=24")
+    assert planned.status == 0
+    assert planned.out.startswith("3 finetunings, 1 localizations, 3 evaluations; ")
+    (record,) = (results / "records").glob("localize-*.json")
+    refused = shell("verify", record, "--results", results)
+    assert (refused.status, refused.out) == (2, "")
+    assert "holds a record of this run" in refused.err
+    verified = shell("verify", record, "--results", tmp_path)
+    assert verified.status == 0
+    assert verified.out.splitlines()[-1] == "The record is reproduced bit for bit."
+
+
+PLACES = ("BASE", "TASK", "DEEP", "CUT", "PICKLED", "MINE", "FAR")
+
 ERRORS = [
     ("localize nowhere TASK", "no checkpoint 'nowhere'"),
     ("localize BASE nowhere", "no checkpoint 'nowhere'"),
@@ -190,7 +272,21 @@ ERRORS = [
     ("evaluate BASE chain_sum --limit=0", "'limit' is 0"),
     ("evaluate BASE chain_sum --template=alpacca", "'template' is 'alpacca'"),
     ("evaluate BASE chain_sum --batch-size=0", "'batch_size' is 0"),
-    ("table nowhere", "is no results folder"),
+    ("table nowhere", "no profile 'nowhere': known are: cpu"),
+    ("table BASE", "no profile '"),
+    ("table MINE table1", "No run of table1 is in"),
+    ("table MINE tabel1", "no table of this profile 'tabel1': did you mean 'table1'"),
+    ("table MINE table2", "no table of this profile 'table2'"),
+    ("figure MINE figure55", "no figure of this profile 'figure55': did you mean 'figure5'"),
+    ("figure MINE", "No run of alps is among the records yet"),
+    ("report quik", "did you mean 'quick'"),
+    ("cite MINE table1 alps chain_sum", "No run of table1 is in"),
+    ("cite MINE table1 alps avg", "no column in table1 'avg': known are: chain_sum"),
+    ("cite MINE tabel1 alps avg", "did you mean 'table1'"),
+    ("verify nowhere.json", "cannot be read"),
+    ("verify BASE/config.json", "has schema version None"),
+    ("plan quik", "did you mean 'quick'"),
+    ("plan FAR", "The configuration of 'some/model' could not be had"),
     ("reproduce quik", "no profile 'quik': did you mean 'quick'"),
 ]
 
@@ -200,7 +296,12 @@ def test_errors_are_one_line_and_touch_nothing(
     shell: Shell, models: Path, finished: Path, tmp_path: Path, words: str, message: str
 ) -> None:
     folder = shutil.copytree(finished, tmp_path / "results")
-    named = [re.sub(r"^(BASE|TASK|DEEP|CUT|PICKLED)", lambda m: str(models / m[0].lower()), w) for w in words.split()]
+    for name, base in {"mine": str(models / "base"), "far": "some/model"}.items():
+        settings = {"results": str(folder), "models": [base], "families": {"sums": {"datasets": ["chain_sum"]}}}
+        (models / f"{name}.yaml").write_text(yaml.safe_dump({**settings, "tables": {"table1": {}}}))
+    files = {"MINE": models / "mine.yaml", "FAR": models / "far.yaml"}
+    places = {name: str(files.get(name, models / name.lower())) for name in PLACES}
+    named = [re.sub(rf"^({'|'.join(PLACES)})\b", lambda m: places[m[0]], word) for word in words.split()]
     results = [f"--results={folder}"] if words.split()[0] in ("localize", "finetune", "evaluate") else []
     before = state(folder)
     ran = shell(*named, *results)
@@ -220,7 +321,11 @@ def test_errors_are_one_line_and_touch_nothing(
 
 @pytest.mark.parametrize(
     "words",
-    ["localize --nope", "localize BASE", "nope", "--nope", "finetune BASE chain_sum --ratio=much", "table a b"],
+    [
+        *["localize --nope", "localize BASE", "nope", "--nope", "finetune BASE chain_sum --ratio=much", "table --nope"],
+        *["figure --nope", "report a b", "cite quick table1", "verify", "plan", "plan quick --card=much"],
+        "reproduce a b",
+    ],
 )
 def test_usage_errors(shell: Shell, words: str) -> None:
     ran = shell(*words.split())
@@ -241,7 +346,26 @@ def test_error_of_the_command_itself(models: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["", "localize", "finetune", "evaluate", "table", "reproduce", "doctor"])
+COMMANDS = [
+    "localize",
+    "finetune",
+    "evaluate",
+    "table",
+    "figure",
+    "reproduce",
+    "report",
+    "cite",
+    "verify",
+    "plan",
+    "doctor",
+]
+
+
+def test_every_command_is_tested_here() -> None:
+    assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(shell: Shell, command: str) -> None:
     ran = shell(*command.split(), "--help")
     assert ran.status == 0

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 
 from alps_repro.errors import UserError
+from alps_repro.experiments import evaluations
 from alps_repro.methods import METHODS
 from alps_repro.recipe import (
+    SOURCES,
+    EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
+    ImportanceConfig,
     LocalizeConfig,
     Profile,
+    RecallConfig,
     Recipe,
+    Run,
     Settings,
     check_parameters,
 )
@@ -40,6 +46,7 @@ def test_defaults_are_the_papers() -> None:
     assert recipe.epochs == 3
     assert recipe.max_steps is None
     assert recipe.examples is None
+    assert recipe.data_share == 1
     assert recipe.loss_on == "response"
     config = alps()
     assert (config.ratio, config.scope, config.quantization) == (0.1, "all", "none")
@@ -65,6 +72,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "precision": "float32",
         "gradient_checkpointing": True,
         "examples": 100,
+        "data_share": 0.5,
         "checkpoint_steps": 50,
         "workers": 2,
     },
@@ -90,12 +98,32 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
     },
     EvaluateConfig: {
         "model": FinetuneConfig(**FULL),
-        "tasks": ("chain_sum", "gsm8k"),
+        "tasks": ("chain_sum", "gcd"),
         "limit": 10,
         "batch_size": 8,
         "quantization": "8bit",
         "template": "alpaca",
+        "split": "validation",
         "allow_code": True,
+    },
+    RecallConfig: {
+        "base": "other",
+        "factors": (1.0,),
+        "seeds": (3,),
+        "share": 0.2,
+        "background": 1e-3,
+    },
+    ImportanceConfig: {
+        "base": "other",
+        "task_model": FinetuneConfig(**{**FULL, "seed": 1}),
+        "questions": 8,
+        "batch_size": 8,
+        "head_matrix": "concat",
+    },
+    EmbedConfig: {
+        "base": "other",
+        "datasets": ("gcd",),
+        "questions": 8,
     },
 }
 
@@ -105,6 +133,9 @@ START: dict[type[Settings], Settings] = {
     FinetuneConfig: FinetuneConfig(**{**FULL, "scope": "heads"}),
     LocalizeConfig: LocalizeConfig(base="m", task_model="t"),
     EvaluateConfig: EvaluateConfig(model="m", tasks=("chain_sum",)),
+    RecallConfig: RecallConfig(base="m"),
+    ImportanceConfig: ImportanceConfig(base="m", task_model=FinetuneConfig(**FULL)),
+    EmbedConfig: EmbedConfig(base="m", datasets=("chain_sum", "gcd")),
 }
 
 
@@ -140,7 +171,8 @@ CONFIGS = [
     alps(scope="heads", quantization="4bit", recipe=Recipe(max_steps=7, betas=(0.8, 0.9))),
     LocalizeConfig(base="m", task_model=FinetuneConfig(**FULL), metric="kl", tau=0.5),
     EvaluateConfig(model=alps(), tasks=("chain_sum", "gsm8k"), limit=5, template="alpaca"),
-    Profile.load("quick"),
+    *[Profile.load(name) for name in ("quick", "cpu", "paper", "gpu-4bit")],
+    Profile.load("cpu").run(method="random", learning_rate=0.5, data_share=0.5),
 ]
 
 
@@ -184,6 +216,9 @@ def test_names_are_file_names(base: str, tmp_path: Path) -> None:
         LocalizeConfig(base=base, task_model=full).name,
         EvaluateConfig(model=base, tasks=("chain_sum", "gsm8k")).name,
         EvaluateConfig(model=full, tasks=("chain_sum",)).name,
+        RecallConfig(base=base).name,
+        ImportanceConfig(base=base, task_model=full).name,
+        EmbedConfig(base=base, datasets=("chain_sum",)).name,
     ]
     assert len(set(names)) == len(names)
     for name, config in zip(names, [full, localization], strict=False):
@@ -196,6 +231,9 @@ def test_names_are_file_names(base: str, tmp_path: Path) -> None:
         assert name[0] not in ".-", "neither hidden nor an option"
 
 
+RUN = Profile.load("quick").run().model_dump(exclude={"data_share"})
+
+
 def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("make", "message"), cases)
 
@@ -205,6 +243,7 @@ def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     (lambda: Recipe.check(batchsize=4), "did you mean 'batch_size'"),
     (lambda: FinetuneConfig.check(**FULL, recipe={"warmup": 0.1}), "'recipe.warmup': did you mean 'warmup_ratio'"),
     (lambda: FinetuneConfig.check(**FULL, rato=0.1), "'rato': did you mean 'ratio'"),
+    (lambda: FinetuneConfig.check(**FULL, localization={"metrik": "kl"}), "'localization.metrik': did you mean 'metr"),
     (lambda: FinetuneConfig.check(dataset="chain_sum", method="full"), "'base' is missing"),
     (lambda: FinetuneConfig.check(**{**FULL, "method": "alpz"}), "no method 'alpz': did you mean 'alps'"),
     (lambda: FinetuneConfig.check(**{**FULL, "dataset": "alpacca"}), "no data set 'alpacca': did you mean 'alpaca'"),
@@ -213,6 +252,7 @@ def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     (lambda: FinetuneConfig.check(**{**FULL, "quantization": "4bit"}), "4bit.*use scope='heads'"),
     (lambda: FinetuneConfig.check(**{**FULL, "method": "alps"}), "'alps' needs head scores"),
     (lambda: FinetuneConfig.check(**{**FULL, "seed": -1}), "'seed' is -1"),
+    (lambda: LocalizeConfig.check(base="m", task_model={**FULL, "seeds": 1}), "seeds': did you mean 'seed'"),
     (lambda: LocalizeConfig.check(base="m", task_model="t", metric="padd"), "no metric 'padd': did you mean 'pad'"),
     (lambda: LocalizeConfig.check(base="m", task_model="t", head_matrix="produkt"), "did you mean 'product'"),
     (lambda: LocalizeConfig.check(base="m", task_model="t", ground="values"), "did you mean 'value'"),
@@ -225,6 +265,17 @@ def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), limit=0), "'limit' is 0"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), template="alpacca"), "'template' is 'alpacca'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), quantization="3bit"), "quantization '3bit'"),
+    (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), split="train"), "'split' is 'train'"),
+    (lambda: EvaluateConfig.check(model="m", tasks=("gsm8k",), split="validation"), "'gsm8k' is asked on its test qu"),
+    (lambda: EvaluateConfig.check(model="m", tasks=("prose",), split="validation"), "'prose' is asked on its test qu"),
+    (lambda: RecallConfig.check(base="m", share=0), "'share' is 0"),
+    (lambda: RecallConfig.check(base="m", factor=2), "'factor': did you mean 'factors'"),
+    (lambda: ImportanceConfig.check(base="m", task_model=FULL, questions=0), "'questions' is 0"),
+    (lambda: ImportanceConfig.check(base="m", task_model={**FULL, "dataset": "alpaca"}), "no offline data set 'alpaca"),
+    (lambda: EmbedConfig.check(base="m", datasets=("gcd",), questions=2), "'questions' is 2"),
+    (lambda: Run.check(**RUN, data_share=0), "'data_share' is 0"),
+    (lambda: Run.check(**RUN, data_share=1.5), "'data_share' is 1.5"),
+    (lambda: Run.check(**RUN, learning_rat=1), "'learning_rat': did you mean 'learning_rate'"),
     *[(lambda ratio=ratio: alps(ratio=ratio), r"not in \(0, 1\]") for ratio in (0, -0.1, 1.5, 10)],
     *[
         (lambda settings=settings: Recipe.check(**settings), f"'{next(iter(settings))}")
@@ -261,13 +312,16 @@ def test_small_batches_need_no_micro_batch_size() -> None:
 # Profiles
 
 
-def profile_file(folder: Path, text: str) -> str:
+def profile_of(folder: Path, text: str = "", **overrides: Any) -> Profile:
+    """Of the settings `MINE` and `text`, as they would stand in a file."""
     path = folder / "mine.yaml"
-    path.write_text(text)
-    return str(path)
+    path.write_text(MINE + text)
+    return Profile.load(str(path), **overrides)
 
 
-MINE = "results: out\nbase: m\ndataset: chain_sum\ntasks: [chain_sum]\n"
+MINE = (
+    "results: out\nmodels: [m]\nfamilies: {sums: {datasets: [chain_sum, basic_arithmetic]}, gcds: {datasets: [gcd]}}\n"
+)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("profiles/*.yaml")), ids=lambda path: path.stem)
@@ -275,44 +329,112 @@ def test_every_profile_can_be_run(path: Path) -> None:
     profile = Profile.load(path.stem)
     assert profile == Profile.load(str(path))
     for method in profile.methods:
-        assert profile.finetuning(method).method == method
-        assert profile.evaluation(method).model == profile.finetuning(method)
-    assert profile.evaluation("vanilla").model == profile.base
-    assert profile.localization().task_model.scope == "all"
+        run = profile.run(method=method)
+        assert profile.finetuning(run).method == method
+        assert profile.evaluation(run).model == profile.finetuning(run)
+    assert profile.evaluation(profile.run(method="vanilla")).model == profile.models[0]
+    assert len(evaluations(profile)) > 0
+
+
+@pytest.mark.parametrize("name", ["quick", "cpu", "paper"])
+def test_task_models_of_the_profiles_have_everything_trained(name: str) -> None:
+    """As the paper's; on a card that holds no more than a quantized base, only the heads can be."""
+    profile = Profile.load(name)
+    for dataset in (name for family in profile.families.values() for name in family.datasets):
+        task_model = profile.localization(profile.run(dataset=dataset)).task_model
+        assert (task_model.method, task_model.scope, task_model.ratio) == ("full", "all", 1.0)
+        assert (task_model.dataset, task_model.quantization) == (dataset, "none")
+    assert Profile.load("gpu-4bit").localization(Profile.load("gpu-4bit").run()).task_model.scope == "heads"
 
 
 def test_overrides() -> None:
     quick = Profile.load("quick")
-    assert Profile.load("quick", base=None, ratio=None, results=None) == quick
-    other = Profile.load("quick", base="m", ratio=0.5, results=None)
-    assert (other.base, other.ratio, other.results) == ("m", 0.5, quick.results)
+    assert Profile.load("quick", models=None, ratio=None, results=None) == quick
+    other = Profile.load("quick", models=["m"], ratio=0.5, results=None)
+    assert (other.models, other.ratio, other.results) == (("m",), 0.5, quick.results)
+
+
+def test_defaults_of_a_profile(tmp_path: Path) -> None:
+    """The paper's grid: what no profile says."""
+    profile = profile_of(tmp_path)
+    assert profile.methods == ("full", "no_attn", "random", "layer_consistent", "lora", "alps")
+    assert (profile.scope, profile.task_scope, profile.ratio, profile.ratios) == ("all", "all", 0.1, (0.7, 0.5, 0.3))
+    assert (profile.metric, profile.metrics) == ("pad", ("cosine", "euclidean", "kl", "pad"))
+    assert (profile.head_matrix, profile.tau, profile.ground) == ("product", 1.0, "position")
+    assert profile.recipe == Recipe()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (MINE + "metrik: pad\n", "no parameter 'metrik': did you mean 'metric'"),
-        (MINE + "recipe: {learning_rat: 1}\n", "'recipe.learning_rat': did you mean 'learning_rate'"),
-        (MINE + "recipes: {alps: {learning_rat: 1}}\n", "'learning_rat': did you mean 'learning_rate'"),
-        (MINE + "recipes: {alpz: {}}\n", "no method 'alpz'"),
-        (MINE + "recipes: {random: {batch_size: 100}}\n", "not a multiple"),
-        (MINE + "scopes: {alps: head}\n", "no scope 'head'"),
-        (MINE + "scope: head\n", "no scope 'head'"),
-        (MINE + "methods: [full, alpz]\n", "no method 'alpz': did you mean 'alps'"),
-        (MINE + "quantization: 3bit\n", "no quantization '3bit'"),
-        (MINE + "ratio: 0\n", r"not in \(0, 1\]"),
-        (MINE + "ratio: much\n", "'ratio' is 'much'"),
-        (MINE.replace("chain_sum\n", "chainsum\n"), "no data set 'chainsum'"),
-        (MINE.replace("base: m\n", ""), "'base' is missing"),
+        ("metrik: pad\n", "no parameter 'metrik': did you mean 'metric'"),
+        ("recipe: {learning_rat: 1}\n", "'recipe.learning_rat': did you mean 'learning_rate'"),
+        ("recipes: {heads: {alps: {learning_rat: 1}}}\n", "'learning_rat': did you mean 'learning_rate'"),
+        ("recipes: {heads: {alpz: {}}}\n", "no method 'alpz': did you mean 'alps'"),
+        ("recipes: {head: {alps: {}}}\n", "no scope 'head': did you mean 'heads'"),
+        ("recipes: {alps: {learning_rate: 1}}\n", "recipes.alps.learning_rate"),
+        ("recipes: {heads: {random: {batch_size: 100}}}\n", "not a multiple"),
+        ("recipes: {heads: {defaults: {}}}\n", "no method 'defaults': did you mean 'default'"),
+        ("scopes: {alps: head}\n", "no scope 'head'"),
+        ("scopes: {alpz: heads}\n", "no method 'alpz'"),
+        ("scope: head\n", "no scope 'head'"),
+        ("task_scope: head\n", "no scope 'head'"),
+        ("methods: [full, alpz]\n", "no method 'alpz': did you mean 'alps'"),
+        ("methods: [vanilla]\n", "no method 'vanilla'"),
+        ("quantization: 3bit\n", "no quantization '3bit'"),
+        ("ratio: 0\n", r"not in \(0, 1\]"),
+        ("ratio: much\n", "'ratio' is 'much'"),
+        ("ratios: [0.5, 2]\n", r"2.0 is not in \(0, 1\]"),
+        ("metrics: [pad, padd]\n", "no metric 'padd': did you mean 'pad'"),
+        ("tau: 0\n", "positive temperature"),
+        ("seeds: []\n", "'seeds' is"),
+        ("models: []\n", "'models' is"),
+        ("models: m\n", "'models' is 'm'"),
+        ("families: {}\n", "'families' is"),
+        ("families: {sums: {dataset: [gcd]}}\n", "'families.sums.dataset': did you mean 'datasets'"),
+        ("families: {sums: {datasets: [chainsum]}}\n", "no data set 'chainsum': did you mean 'chain_sum'"),
+        ("families: {sums: {datasets: []}}\n", "'families.sums.datasets' is"),
+        ("families: {sums: {datasets: [gcd, lcm, chain_sum]}}\n", "'families.sums.datasets' is"),
+        ("families: {math: {datasets: [mathinstruct]}}\n", "'mathinstruct' has no task of its own"),
+        ("families: {math: {datasets: [mathinstruct], tasks: [gsm9k]}}\n", "no task 'gsm9k': did you mean 'gsm8k'"),
+        ("families: {code: {datasets: [magicoder], tasks: [mbpp]}}\n", "allow_code"),
+        ("tables: {tabel1: {}}\n", "no table 'tabel1': did you mean 'table1'"),
+        ("tables: {table1: {method: [alps]}}\n", "'tables.table1.method': did you mean 'methods'"),
+        ("tables: {table1: {methods: [alpz]}}\n", "no method 'alpz'"),
+        ("tables: {table1: {families: [sum]}}\n", "no family 'sum': did you mean 'sums'"),
+        ("candidates: [gdc]\n", "no offline data set 'gdc': did you mean 'gcd'"),
+        ("candidates: [alpaca]\n", "no offline data set 'alpaca'"),
+        ("knowledge: [world_fact]\n", "no task 'world_fact': did you mean 'world_facts'"),
+        ("search: [{method: alpz, scope: heads, learning_rates: [1]}]\n", "no method 'alpz'"),
+        ("search: [{method: alps, scope: head, learning_rates: [1]}]\n", "no scope 'head'"),
+        (
+            "search: [{method: alps, scope: heads, learning_rate: 1}]\n",
+            "'search.0.learning_rate': did you mean 'learning_rates'",
+        ),
+        ("search: [{method: alps, scope: heads}]\n", "'search.0.learning_rates' is missing"),
+    ],
+)
+def test_profile_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        profile_of(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINE.replace("models: [m]\n", ""), "'models' is missing"),
+        (MINE.replace("results: out\n", ""), "'results' is missing"),
         ("- a\n- b\n", "holds no settings"),
         ("", "holds no settings"),
         ("a: [", "not readable YAML"),
         ("\x00", "not readable YAML"),
     ],
 )
-def test_profile_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+def test_file_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        Profile.load(profile_file(tmp_path, text))
+        Profile.load(str(tmp_path / "mine.yaml"))
     assert "\n" not in str(caught.value)
 
 
@@ -331,18 +453,29 @@ def test_unknown_override() -> None:
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_task_model_is_the_full_run_in_scope_all(settings: str, quantization: str, tmp_path: Path) -> None:
     """Whatever the profile says of the other runs: the paper's task model has everything trained."""
-    profile = Profile.load(profile_file(tmp_path, MINE + settings), quantization=quantization)
-    task_model = profile.localization().task_model
+    profile = profile_of(tmp_path, settings, quantization=quantization)
+    task_model = profile.localization(profile.run()).task_model
     assert (task_model.method, task_model.ratio) == ("full", 1.0)
     assert (task_model.scope, task_model.quantization) == ("all", "none")
-    heads = profile.for_method("alps", scope="heads").finetuning("alps")
+    heads = profile.finetuning(profile.run(method="alps", scope="heads"))
     assert heads.quantization == quantization
-    assert heads.localization == profile.localization()
+    assert heads.localization == profile.localization(profile.run())
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_task_scope(quantization: str, tmp_path: Path) -> None:
+    """In scope heads the task model is trained on the base as the profile loads it, and by that scope's recipe."""
+    text = "task_scope: heads\nrecipes: {heads: {default: {learning_rate: 0.5}}}\n"
+    profile = profile_of(tmp_path, text, quantization=quantization, scope="heads")
+    task_model = profile.localization(profile.run()).task_model
+    assert task_model == profile.finetuning(profile.run(method="full", scope="heads"))
+    assert (task_model.scope, task_model.quantization) == ("heads", quantization)
+    assert task_model.recipe.learning_rate == 0.5
 
 
 def test_named_task_model(tmp_path: Path) -> None:
-    profile = Profile.load(profile_file(tmp_path, MINE))
-    assert profile.localization("mine").task_model == "mine"
+    profile = profile_of(tmp_path)
+    assert profile.localization(profile.run(), "mine").task_model == "mine"
 
 
 def test_finetuning_takes_what_the_method_needs() -> None:
@@ -350,32 +483,216 @@ def test_finetuning_takes_what_the_method_needs() -> None:
     quick = Profile.load("quick", ratio=0.1)
     other = Profile.load("quick", ratio=0.3)
     for name, method in METHODS.items():
-        config = quick.finetuning(name)
+        config = quick.finetuning(quick.run(method=name))
         assert (config.localization is not None) == method.uses_scores
-        assert (config == other.finetuning(name)) == (not method.uses_ratio)
+        assert (config == other.finetuning(other.run(method=name))) == (not method.uses_ratio)
+        assert (config == quick.finetuning(quick.run(method=name, heads_from="gcd"))) == (not method.uses_scores)
+        assert (config == quick.finetuning(quick.run(method=name, source="data_10pct"))) == (not method.uses_scores)
+        own = not method.uses_scores or method.metric is not None
+        assert (config == quick.finetuning(quick.run(method=name, metric="kl"))) == own
 
 
-def test_for_method_changes_one_method_only() -> None:
-    quick = Profile.load("quick")
-    changed = quick.for_method("random", scope="all", learning_rate=0.5, max_steps=None)
-    assert changed.finetuning("random").scope == "all"
-    assert changed.finetuning("random").recipe == quick.finetuning("random").recipe.model_copy(
-        update={"learning_rate": 0.5}
+@pytest.mark.parametrize("method", METHODS)
+def test_choice_follows_the_training_seed_where_heads_are_drawn(method: str, tmp_path: Path) -> None:
+    """Another draw with every seed, and none of them by chance that of the examples; nothing of it elsewhere."""
+    profile = profile_of(tmp_path, "scope: heads\nchoice_seed: 700\n")
+    seeds = [profile.finetuning(profile.run(method=method, seed=seed)).choice_seed for seed in (0, 1, 5)]
+    assert seeds == ([700, 701, 705] if METHODS[method].draws else [0, 0, 0])
+
+
+# One run of a profile's grid
+
+
+def changes(one: Any, other: Any, at: str = "") -> dict[str, Any]:
+    """{place: new value} where two configurations differ, as they are written out."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        places = [changes(one.get(key), other.get(key), f"{at}.{key}".lstrip(".")) for key in one.keys() | other.keys()]
+        return {place: value for found in places for place, value in found.items()}
+    return {} if one == other else {at: other}
+
+
+TASK_MODEL = "localization.task_model"
+
+#: For every axis of `Run`: another value, and all that it changes of the fine-tuning and of the evaluation of alps.
+AXES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "base": ("n", {"base": "n", "localization.base": "n", f"{TASK_MODEL}.base": "n"}, {}),
+    "dataset": ("gcd", {"dataset": "gcd", f"{TASK_MODEL}.dataset": "gcd"}, {"tasks": ["gcd"]}),
+    "method": ("bottom", {"method": "bottom"}, {}),
+    "ratio": (0.3, {"ratio": 0.3}, {}),
+    "scope": ("all", {"scope": "all", "recipe.learning_rate": 2e-5}, {}),
+    "seed": (4, {"seed": 4, f"{TASK_MODEL}.seed": 4}, {}),
+    "metric": ("kl", {"localization.metric": "kl"}, {}),
+    "head_matrix": ("concat", {"localization.head_matrix": "concat"}, {}),
+    "heads_from": ("gcd", {f"{TASK_MODEL}.dataset": "gcd"}, {}),
+    "source": ("data_10pct", {f"{TASK_MODEL}.recipe.max_steps": 4}, {}),
+    "quantization": ("4bit", {"quantization": "4bit"}, {"quantization": "4bit"}),
+    "data_share": (0.5, {"recipe.max_steps": 20}, {}),
+    "learning_rate": (0.7, {"recipe.learning_rate": 0.7}, {}),
+    "max_steps": (9, {"recipe.max_steps": 9}, {}),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_every_axis_changes_its_part_and_nothing_else(axis: str, tmp_path: Path) -> None:
+    assert AXES.keys() == Run.model_fields.keys(), "a new axis wants a value here"
+    text = "scope: heads\nrecipe: {max_steps: 40}\nrecipes: {heads: {default: {learning_rate: 0.001}}}\n"
+    profile = profile_of(tmp_path, text)
+    value, of_training, of_evaluation = AXES[axis]
+    usual, other = profile.run(), profile.run(**{axis: value})
+    assert changes(profile.finetuning(usual).dump(), profile.finetuning(other).dump()) == of_training
+    own = {f"model.{place}": new for place, new in of_training.items()}
+    assert changes(profile.evaluation(usual).dump(), profile.evaluation(other).dump()) == {**own, **of_evaluation}
+    localized = {place.removeprefix("localization."): new for place, new in of_training.items() if "locali" in place}
+    assert changes(profile.localization(usual).dump(), profile.localization(other).dump()) == localized
+    assert profile.run(**{axis: None}) == usual, "None leaves it to the profile"
+
+
+def test_a_run_takes_the_profile_s_own(tmp_path: Path) -> None:
+    text = (
+        "methods: [alps, lora]\nscope: all\nscopes: {random: heads}\nratio: 0.2\nmetric: kl\nhead_matrix: concat\n"
+        "seeds: [3, 4]\nquantization: none\n"
     )
-    assert changed.finetuning("alps") == quick.finetuning("alps")
-    assert quick.for_method("random") == quick
+    profile = profile_of(tmp_path, text)
+    run = profile.run()
+    assert (run.base, run.dataset, run.heads_from, run.method) == ("m", "chain_sum", "chain_sum", "alps")
+    assert (run.ratio, run.scope, run.seed, run.metric, run.head_matrix) == (0.2, "all", 3, "kl", "concat")
+    assert (run.source, run.quantization, run.data_share) == ("full", "none", 1.0)
+    assert (run.learning_rate, run.max_steps) == (None, None)
+    assert profile.run(method="random").scope == "heads"
+    assert profile.run(method="random", scope="all").scope == "all"
+    # Nothing but LoRA is trained by these, whatever the profile's scope.
+    assert {profile.run(method=name).scope for name in ("lora", "lora_matched")} == {"heads"}
+    # Heads are found where they are trained, unless another place is said.
+    assert profile.run(dataset="gcd").heads_from == "gcd"
+    assert profile.run(dataset="gcd", heads_from="chain_sum").heads_from == "chain_sum"
 
 
 @refusals(
-    (lambda profile: profile.for_method("alpz"), "no method 'alpz': did you mean 'alps'"),
-    (lambda profile: profile.for_method("alps", scope="head"), "no scope 'head'"),
-    (lambda profile: profile.for_method("alps", learning_rate=-1), "'learning_rate' is -1"),
-    (lambda profile: profile.finetuning("vanilla"), "no method 'vanilla'"),
-    (lambda profile: profile.evaluation("vanila"), "did you mean 'vanilla'"),
+    (lambda profile: profile.run(method="alpz"), "no method 'alpz': did you mean 'alps'"),
+    (lambda profile: profile.run(method="vanila"), "did you mean 'vanilla'"),
+    (lambda profile: profile.run(scope="head"), "no scope 'head'"),
+    (lambda profile: profile.run(source="ful"), "no source 'ful': did you mean 'full'"),
+    (lambda profile: profile.run(heads_form="gcd"), "'heads_form': did you mean 'heads_from'"),
+    (lambda profile: profile.run(data_share=2), "'data_share' is 2"),
+    (lambda profile: profile.finetuning(profile.run(learning_rate=-1)), "'learning_rate' is -1"),
+    (lambda profile: profile.finetuning(profile.run(max_steps=0)), "'max_steps' is 0"),
+    (lambda profile: profile.finetuning(profile.run(method="vanilla")), "no method 'vanilla'"),
+    (lambda profile: profile.finetuning(profile.run(dataset="gdc")), "no data set 'gdc': did you mean 'gcd'"),
+    (lambda profile: profile.finetuning(profile.run(heads_from="gdc")), "no data set 'gdc'"),
+    (lambda profile: profile.finetuning(profile.run(metric="padd")), "no metric 'padd'"),
+    (lambda profile: profile.finetuning(profile.run(method="lora", scope="all")), "trains LoRA and nothing else"),
+    (lambda profile: profile.finetuning(profile.run(source="ready_made")), "no ready-made model for 'smollm2-135m'"),
+    (lambda profile: profile.evaluation(profile.run(), limit=0), "'limit' is 0"),
+    (lambda profile: profile.evaluation(profile.run(), tasks=[]), "'tasks' is"),
+    (lambda profile: profile.evaluation(profile.run(), split="dev"), "'split' is 'dev'"),
+    (lambda profile: profile.importance("alpaca"), "no offline data set 'alpaca'"),
 )
-def test_method_refused(make: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_run_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         make(Profile.load("quick"))
+    assert "\n" not in str(caught.value)
+
+
+# Where the task model comes from (Table 10)
+
+
+SOURCED = "recipe: {max_steps: 40}\nrecipes: {heads: {default: {learning_rate: 0.001}}}\nready_made: {m: m-instruct}\n"
+
+
+def test_sources_of_table_10(tmp_path: Path) -> None:
+    """Only the task model is another; heads are trained as always."""
+    profile = profile_of(tmp_path, SOURCED)
+    tuned = {source: profile.finetuning(profile.run(source=source)) for source in SOURCES}
+    assert tuned.keys() == {"full", "ready_made", "data_10pct", "attn_only_10pct"}
+    for config in tuned.values():
+        assert {place.split(".")[0] for place in changes(tuned["full"].dump(), config.dump())} <= {"localization"}
+    made = {source: config.localization.task_model for source, config in tuned.items()}
+    assert made["ready_made"] == "m-instruct"
+    assert changes(made["full"].dump(), made["data_10pct"].dump()) == {"recipe.max_steps": 4}
+    assert changes(made["full"].dump(), made["attn_only_10pct"].dump()) == {
+        "scope": "heads",
+        "recipe.learning_rate": 0.001,
+    }
+    for source in SOURCES:
+        run = profile.task_model(profile.run(source=source))
+        assert (run is None) == (source == "ready_made")
+        assert run is None or profile.finetuning(run) == made[source]
+
+
+def test_a_tenth_of_the_data_is_a_tenth_of_the_steps_or_of_the_examples(tmp_path: Path) -> None:
+    """Passes over the data stay as many; what is not a whole step is rounded up."""
+    for text, changed in (
+        ("recipe: {max_steps: 41}\n", {"recipe.max_steps": 5}),
+        ("recipe: {max_steps: 3}\n", {"recipe.max_steps": 1}),
+        ("recipe: {epochs: 2}\n", {"recipe.data_share": 0.1}),
+    ):
+        profile = profile_of(tmp_path, text)
+        full = profile.localization(profile.run()).task_model
+        tenth = profile.localization(profile.run(source="data_10pct")).task_model
+        assert changes(full.dump(), tenth.dump()) == changed
+
+
+# Recipes by scope and method
+
+
+def test_recipes_by_scope_and_method(tmp_path: Path) -> None:
+    """What is said of a method counts more than of its scope, that more than of all, and what is asked for most."""
+    text = (
+        "recipe: {max_steps: 40, learning_rate: 0.1, weight_decay: 0.5}\n"
+        "recipes: {heads: {default: {learning_rate: 0.2, warmup_ratio: 0.3}, alps: {learning_rate: 0.4}}}\n"
+    )
+    profile = profile_of(tmp_path, text)
+
+    def recipe(**asked: Any) -> tuple[float, float, float, int]:
+        found = profile.finetuning(profile.run(**asked)).recipe
+        return found.learning_rate, found.warmup_ratio, found.weight_decay, found.max_steps
+
+    assert recipe(method="alps", scope="all") == recipe(method="full", scope="all") == (0.1, 0.1, 0.5, 40)
+    assert recipe(method="full", scope="heads") == recipe(method="lora") == (0.2, 0.3, 0.5, 40)
+    assert recipe(method="alps", scope="heads") == (0.4, 0.3, 0.5, 40)
+    assert recipe(method="alps", scope="heads", learning_rate=0.7, max_steps=3) == (0.7, 0.3, 0.5, 3)
+    # The task model of a run is trained by its own recipe, not by the run's.
+    run = profile.run(method="alps", scope="heads", learning_rate=0.7, max_steps=3)
+    assert profile.localization(run).task_model == profile.finetuning(profile.run(method="full", scope="all"))
+
+
+# Localizations and evaluations
+
+
+def test_localization_of_a_method_with_a_metric_of_its_own(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, "tau: 2.0\nground: value\n")
+    alps, l2 = (profile.localization(profile.run(method=name)) for name in ("alps", "l2"))
+    assert (alps.metric, alps.head_matrix, alps.tau, alps.ground) == ("pad", "product", 2.0, "value")
+    assert (l2.metric, l2.head_matrix, l2.tau, l2.ground) == ("l2", "concat", 1.0, "position")
+    assert l2.task_model == alps.task_model
+    # The profile's temperature and ground are its metric's: another one is taken as the paper has it.
+    kl = profile.localization(profile.run(metric="kl"))
+    assert (kl.metric, kl.tau, kl.ground) == ("kl", 1.0, "position")
+
+
+def test_evaluation_asks_the_family_s_tasks(tmp_path: Path) -> None:
+    paper, mine = Profile.load("paper"), profile_of(tmp_path, "limit: 30\n")
+    for dataset in ("mathinstruct", "camel_math"):
+        run = paper.run(dataset=dataset)
+        assert paper.evaluation(run).tasks == ("gsm8k", "hendrycks_math")
+        assert paper.evaluation(run, ["mmlu"]).tasks == ("mmlu",)
+    for dataset in ("chain_sum", "basic_arithmetic", "spell_backward"):
+        assert mine.evaluation(mine.run(dataset=dataset)).tasks == (dataset,)
+    assert [mine.family(name) for name in ("basic_arithmetic", "gcd", "lcm")] == ["sums", "gcds", None]
+    config = mine.evaluation(mine.run())
+    assert (config.limit, config.split) == (30, "test")
+    config = mine.evaluation(mine.run(), split="validation", limit=7)
+    assert (config.limit, config.split) == (7, "validation")
+
+
+def test_runs_about_the_whole_profile(tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, "head_matrix: concat\n")
+    assert profile.recall() == RecallConfig(base="m")
+    assert profile.importance().task_model == profile.localization(profile.run()).task_model
+    assert profile.importance().head_matrix == "concat"
+    assert profile.importance("gcd").task_model.dataset == "gcd"
+    assert profile.embedding().datasets == ("chain_sum", "basic_arithmetic", "gcd")
+    assert profile.embedding("n").base == "n"
 
 
 # Notebook parameters
@@ -398,6 +715,6 @@ def test_right_parameters_pass_before_and_after_the_notebook_ran() -> None:
     namespace |= {"In": [""], "Out": {}, "_i": "", "_": "", "__name__": "__main__", "_oh": {}, "exit": object()}
     check_parameters(namespace, KNOWN)
     namespace |= {"json": json, "settings": Profile.load("quick"), "folder": Path(), "Path": Path, "_rows": 3}
-    namespace |= {"config": Profile.load("quick").localization()}
+    namespace |= {"run": Profile.load("quick").run(), "config": Profile.load("quick").recall()}
     check_parameters(namespace, KNOWN)
     check_parameters(namespace, KNOWN)

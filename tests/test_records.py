@@ -15,17 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro import records
+from alps_repro import records, runs
 from alps_repro.checkpoints import model_hash
 from alps_repro.data import data_hash, training_examples
 from alps_repro.errors import UserError
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Recipe
+from alps_repro.methods import LORA_RANK, METHODS
+from alps_repro.recipe import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    LocalizeConfig,
+    RecallConfig,
+    Recipe,
+)
 from alps_repro.records import load_record, load_records, record_path, write_whole
-from alps_repro.runs import evaluate_run, finetune_run, localize_run
+from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
 from alps_repro.scores import HeadScores
 
 SCHEMA = Path(records.__file__).with_name("record.schema.json")
@@ -135,6 +145,7 @@ def test_provenance(done: Chain, kind: str) -> None:
     else:
         assert found.commit is None
         assert found.dirty is None
+    assert re.fullmatch("[0-9a-f]{64}", found.code)
     for package in ("alps-repro", "torch", "transformers", "peft", "lm-eval", "datasets", "reasoning-gym"):
         assert found.versions[package] == metadata.version(package)
     assert found.python == ".".join(map(str, sys.version_info[:3]))
@@ -178,6 +189,7 @@ def test_hashes_and_counts_are_those_of_the_files(done: Chain) -> None:
         assert record.cost.trained_parameters == trained
         assert record.cost.total_parameters == total
     assert len(finetuned.result["losses"]) == RECIPE.max_steps
+    assert finetuned.result["rank"] is None
     scores = HeadScores.load(done.folder / "scores" / localized.result["scores"])
     assert [tuple(head) for head in finetuned.result["heads"]] == list(scores.top(0.25))
     assert scores.values.tolist() == localized.result["values"]
@@ -190,6 +202,95 @@ def test_headline_metrics_are_named(done: Chain) -> None:
     result = load_record(done.path["evaluate"]).result
     values = [result["metrics"]["chain_sum"][name] for name in result["headline_metric"]["chain_sum"]]
     assert result["scores"]["chain_sum"] == sum(values) / len(values)
+
+
+def test_answers_question_by_question_are_in_the_record(done: Chain) -> None:
+    """Paired tests need no samples: what they would take from them is kept, in the order of the questions."""
+    result = load_record(done.path["evaluate"]).result
+    samples = [json.loads(line) for line in (done.folder / "samples" / result["samples"]).read_text().splitlines()]
+    rows = sorted((row for row in samples if row["filter"] == "flexible-extract"), key=lambda row: row["doc_id"])
+    assert [row["doc_id"] for row in rows] == [0, 1, 2]
+    kept = result["per_question"]["chain_sum"]
+    assert kept.keys() == {"correct", "answer_loglikelihood"}
+    assert kept["correct"] == "".join(str(int(row["exact_match"])) for row in rows)
+    assert kept["answer_loglikelihood"] == pytest.approx([row["answer_loglikelihood"] for row in rows], rel=1e-6)
+    assert sum(map(int, kept["correct"])) / 3 == result["scores"]["chain_sum"]
+    mean = result["metrics"]["chain_sum"]["answer_loglikelihood,none"]
+    assert sum(kept["answer_loglikelihood"]) / 3 == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "kept"),
+    [
+        # A question is graded twice, and stands once, by the grade that counts; questions come in any order.
+        (
+            "gcd",
+            [
+                {"doc_id": 1, "filter": "flexible-extract", "exact_match": 1.0, "answer_loglikelihood": -0.123456789},
+                {"doc_id": 1, "filter": "strict-match", "exact_match": 0.0, "answer_loglikelihood": -0.123456789},
+                {"doc_id": 0, "filter": "strict-match", "exact_match": 0.0, "answer_loglikelihood": -2.0},
+                {"doc_id": 0, "filter": "flexible-extract", "exact_match": 0.0, "answer_loglikelihood": -2.0},
+            ],
+            {"correct": "01", "answer_loglikelihood": [-2.0, -0.1234568]},
+        ),
+        ("world_facts", [{"doc_id": i, "filter": "none", "acc": float(i == 1)} for i in range(3)], {"correct": "010"}),
+        # The number for all is a mean over subjects, that of a question is not.
+        ("mmlu_dev", [{"doc_id": i, "filter": "none", "acc": float(i != 1)} for i in range(3)], {"correct": "101"}),
+        (
+            "prose",
+            [{"doc_id": i, "filter": "none", "loglikelihood": -3.5 * i, "tokens": 10 + i} for i in (1, 0)],
+            {"loglikelihood": [0.0, -3.5], "tokens": [10, 11]},
+        ),
+        # What is no yes or no is not taken for one.
+        ("gcd", [{"doc_id": 0, "filter": "flexible-extract", "exact_match": 0.5}], {}),
+    ],
+)
+def test_what_is_kept_of_a_question(task: str, rows: list[dict[str, Any]], kept: dict[str, Any]) -> None:
+    assert runs._per_question(task, rows) == kept
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [("lora", LORA_RANK), ("lora_matched", 5), ("random_matched", None), ("no_attn", None)]
+)
+def test_record_of_each_kind_of_method(
+    done: Chain, tmp_path: Path, method: str, rank: int | None, validator: jsonschema.Draft202012Validator
+) -> None:
+    """`heads` where heads are trained, `rank` where LoRA is, and weights as many as were trained.
+
+    The two highest heads have groups of their own, so 6 blocks of 8 · 32 weights; LoRA of rank 1 has 2 · (64 + 96).
+    """
+    localization = done.localization if METHODS[method].uses_scores else None
+    config = done.finetuning.model_copy(update={"method": method, "localization": localization})
+    record, model = finetune_run(config, tmp_path, progress=False)
+    assert record.result["rank"] == rank
+    assert (record.result["heads"] == ()) == (METHODS[method].rank is not None or method == "no_attn")
+    (path,) = (tmp_path / "records").glob("finetune-*.json")
+    validator.validate(json.loads(path.read_text()))
+    if method == "no_attn":
+        assert record.cost.trained_parameters == 0
+        assert model == done.base
+    else:
+        saved = sum(value.numel() for value in load_file(model / "adapter_model.safetensors").values())
+        assert record.cost.trained_parameters == saved
+
+
+def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records that are compared have the same; a change to tables, notebooks and the like makes none of them old."""
+    package = tmp_path / "alps_repro"
+    shutil.copytree(Path(records.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    code = records._code.__wrapped__
+    before, seen = code(), set()
+    for path in sorted(path for path in package.rglob("*") if path.is_file()):
+        text = path.read_bytes()
+        path.write_bytes(text + b"#")
+        if code() != before:
+            seen.add(str(path.relative_to(package)))
+        path.write_bytes(text)
+    assert code() == before == records._code()
+    modules = ("heads", "checkpoints", "scores", "data", "methods", "training", "evaluation", "sandbox")
+    within = {str(path.relative_to(package)) for name in ("tuner", "tasks") for path in (package / name).glob("*.*")}
+    assert seen == {f"{name}.py" for name in modules} | within
 
 
 # Once is enough
@@ -211,7 +312,6 @@ def test_run_again_does_nothing(done: Chain) -> None:
     [
         ("models", ["finetune"]),
         ("scores", ["localize"]),
-        ("samples", ["evaluate"]),
     ],
 )
 def test_what_is_lost_is_made_again(own: Chain, lost: str, made: list[str]) -> None:
@@ -220,10 +320,8 @@ def test_what_is_lost_is_made_again(own: Chain, lost: str, made: list[str]) -> N
     shutil.rmtree(own.folder / lost)
     if lost == "scores":
         localize_run(own.localization, own.folder, progress=False)
-    elif lost == "models":
-        finetune_run(own.finetuning, own.folder, progress=False)
     else:
-        own.run()
+        finetune_run(own.finetuning, own.folder, progress=False)
     after = state(own.folder)
     assert after.keys() == before.keys()
     rewritten = {name for name in after if after[name][0] != before[name][0]}
@@ -231,6 +329,14 @@ def test_what_is_lost_is_made_again(own: Chain, lost: str, made: list[str]) -> N
     for name in after:
         if not name.startswith("records/"):
             assert after[name][1] == before[name][1], f"{name} came out otherwise"
+
+
+def test_samples_are_not_missed(own: Chain) -> None:
+    """They are left out of what is published: the record alone says what came out, question by question."""
+    shutil.rmtree(own.folder / "samples")
+    before = state(own.folder)
+    assert own.run() == load_record(own.path["evaluate"])
+    assert state(own.folder) == before
 
 
 def test_another_question_is_another_run(own: Chain) -> None:
@@ -250,6 +356,59 @@ def test_model_without_record_is_not_taken_for_the_run(own: Chain) -> None:
     weights.write_bytes(whole[:100])
     finetune_run(own.finetuning, own.folder, progress=False)
     assert weights.read_bytes() == whole
+
+
+# Runs that leave nothing but a record
+
+
+def about_the_base(done: Chain) -> dict[str, tuple[Any, Any]]:
+    """{kind: (configuration, what runs it)}"""
+    full = FinetuneConfig(base=str(done.base), dataset="chain_sum", method="full", ratio=1.0, recipe=RECIPE)
+    return {
+        "recall": (RecallConfig(base=str(done.base), factors=(5.0,), seeds=(0,), share=0.25), recall_run),
+        "importance": (ImportanceConfig(base=str(done.base), task_model=full, questions=2), importance_run),
+        "embed": (EmbedConfig(base=str(done.base), datasets=("chain_sum", "gcd"), questions=3), embed_run),
+    }
+
+
+@pytest.mark.parametrize("kind", ["recall", "importance", "embed"])
+def test_run_that_leaves_a_record_alone(
+    done: Chain, tmp_path: Path, kind: str, validator: jsonschema.Draft202012Validator
+) -> None:
+    config, run = about_the_base(done)[kind]
+    record = run(config, tmp_path, progress=False)
+    path = record_path(tmp_path / "records", kind, config.name)
+    assert load_record(path) == record
+    assert (record.kind, record.status, record.config) == (kind, "completed", config)
+    validator.validate(json.loads(path.read_text()))
+    assert record.provenance.model_sha256["base"] == model_hash(done.base)
+    if kind == "recall":
+        assert {(row["factor"], row["seed"]) for row in record.result["rows"]} == {(5.0, 0)}
+        assert all(0 <= row["recall"] <= 1 for row in record.result["rows"])
+    elif kind == "importance":
+        shapes = {np.shape(values) for values in [record.result["importance"], *record.result["scores"].values()]}
+        assert shapes == {(2, 4)}
+        (trained,) = load_records(tmp_path / "records", "finetune")
+        assert trained.config == config.task_model
+        assert record.provenance.model_sha256["task"] == trained.provenance.model_sha256["tuned"]
+        assert record.provenance.data_sha256.keys() == {"chain_sum"}
+    else:
+        assert {name: np.shape(points) for name, points in record.result.items()} == {
+            "chain_sum": (3, 3),
+            "gcd": (3, 3),
+        }
+    before = state(tmp_path)
+    assert run(config, tmp_path, progress=False) == record
+    assert state(tmp_path) == before
+
+
+def test_failure_of_such_a_run_is_recorded(tmp_path: Path) -> None:
+    config = RecallConfig(base=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        recall_run(config, tmp_path, progress=False)
+    path = record_path(tmp_path / "records", "recall", config.name).with_suffix(".failed.json")
+    assert load_record(path).status == "failed"
+    assert load_records(tmp_path / "records") == []
 
 
 # Failures
