@@ -284,8 +284,8 @@ def _time() -> list[dict[str, Any]]:
                 "says": says,
                 "measure": "time",
                 "unit": UNITS["time"],
-                "test": f"1 - {own} / full_answer_only, median seconds a step of SmolLM2, over {len(saved)} rounds of make "
-                "bench (the same steps measured again, not seeds)",
+                "test": f"1 - {own} / full_answer_only, median seconds a step of SmolLM2, over {len(saved)} rounds of "
+                "make bench (the same steps measured again, not seeds)",
                 "effect": found.mean,
                 "ci_low": found.low,
                 "ci_high": found.high,

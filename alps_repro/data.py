@@ -115,6 +115,9 @@ DEFAULT_TRAIN_SIZE = 10_000
 # stretch of its own.
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _STRETCH = 0, 1_000_000, 10_000_000, 10_000_000
 
+#: Draws per question, after which a generator is known to have too few different ones.
+_TRIES = 200
+
 
 def _questions(dataset: OfflineDataset, seed: int, forbidden: set[str]) -> Iterator[dict[str, str]]:
     import reasoning_gym
@@ -126,9 +129,14 @@ def _questions(dataset: OfflineDataset, seed: int, forbidden: set[str]) -> Itera
 
 def _take(questions: Iterator[dict[str, str]], size: int, seen: set[str], unique: bool) -> list[dict[str, str]]:
     taken: list[dict[str, str]] = []
-    for item in questions:
+    for tried, item in enumerate(questions):
         if len(taken) == size:
             break
+        if tried > _TRIES * (size + 1):
+            raise UserError(
+                f"After {tried} draws there were {len(taken)} different questions of {size}: give the generator of this "
+                "data set a wider configuration."
+            )
         if unique and item["question"] in seen:
             continue
         if unique:

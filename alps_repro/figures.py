@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments import cells
@@ -14,6 +15,8 @@ from alps_repro.records import Record, load_record, record_path
 from alps_repro.tables import paper_table
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -43,36 +46,48 @@ def loss_curves(records: Iterable[Record]) -> Figure:
     return figure
 
 
+def _short(model: str) -> str:
+    """A model's name without who published it."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _panels(models: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
+    """A panel a model, side by side, with one axis of scores from 0 to at most 100 %."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 + 3.4 * len(models), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for panel, model in zip(panels, models):
+        panel.set_title(_short(model), fontsize=10)
+        panel.grid(axis="y", alpha=0.25)
+    panels[0].set_ylabel(title)
+    return figure, panels
+
+
+def _points(panel: Axes, places: Sequence[float], line: pd.DataFrame, i: int, **look: Any) -> None:
+    """Means with their intervals; where there is none, no bar is drawn. The i-th colour and marker of the panel."""
+    look = {"color": COLOURS[i % 6], "marker": "os^Dvp*hX<>"[i % 11], "ms": 5, "capsize": 2, "elinewidth": 1, **look}
+    panel.errorbar(places, line["mean"], line["half_width"], **look)
+
+
 def ratios(profile: Profile) -> Figure:
     """The paper's Figure 4: score against the share of heads that is trained, a panel a model, a line a benchmark.
 
     Bars are 95 % intervals, over what Table 3's are.
     """
-    from matplotlib.figure import Figure
-
     table = paper_table(profile, "table3")
-    models = list(dict.fromkeys(table["model"]))
-    figure = Figure(figsize=(1.2 + 3.8 * len(models), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for panel, model in zip(panels, models):
-        for i, (column, line) in enumerate(table[table["model"] == model].groupby("column", sort=False)):
-            shares = line["row"].astype(float)
-            bold = column == "avg"
-            panel.errorbar(
-                shares,
-                line["mean"],
-                line["half_width"].fillna(0),
-                marker="os^Dvp*"[i % 7],
-                ms=5,
-                lw=2.2 if bold else 1.3,
-                capsize=2,
-                color="black" if bold else COLOURS[i % len(COLOURS)],
-                ls="-" if bold else "--",
-                label=column,
-            )
-        panel.set(title=model, xlabel="share of heads trained, %", ylabel="score, %")
-        panel.grid(alpha=0.25)
-    panels[0].legend(frameon=False, fontsize=8)
+    columns = list(dict.fromkeys(table["column"]))
+    figure, panels = _panels(list(dict.fromkeys(table["model"])), "score, %")
+    for panel, (_, own) in zip(panels, table.groupby("model", sort=False)):
+        for i, column in enumerate(columns):
+            line = own[own["column"] == column]
+            # A little beside each other, so that no bar hides another.
+            places = line["row"].astype(float) + 1.1 * (i - (len(columns) - 1) / 2)
+            bold = {"color": "black", "lw": 2.2, "ls": "-"} if column == "avg" else {"lw": 1.1, "ls": "--"}
+            _points(panel, list(places), line, i, label=column, **bold)
+        panel.set_xticks(sorted(set(own["row"].astype(float))))
+        panel.set_xlabel("share of heads trained, %")
+    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -82,6 +97,7 @@ def selected_heads(profile: Profile) -> Figure:
     Darker: selected in more of the training seeds.
     """
     import numpy as np
+    from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
 
     from alps_repro.heads import HeadLayout
@@ -100,26 +116,33 @@ def selected_heads(profile: Profile) -> Figure:
     if not chosen:
         raise UserError("No run of alps is among the records yet: run the profile, then make its figures.")
     models, families = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
-    deepest = max(layout.layers for layout in layouts.values())
-    size = (0.6 + 2.1 * len(families), 1.2 + 0.16 * deepest * len(models))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(models), len(families), squeeze=False)
     seeds = max(len(runs) for runs in chosen.values())
+    colours = ListedColormap([str(1 - 0.9 * (n / seeds) ** 0.8) for n in range(seeds + 1)])
+    norm = BoundaryNorm([n - 0.5 for n in range(seeds + 2)], seeds + 1)
+    heights = [max(1.2, 0.12 * layouts[model].layers) for model in models]
+    figure = Figure(figsize=(1.3 + 1.9 * len(families), 0.7 + 0.25 * len(models) + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(models), len(families), squeeze=False, gridspec_kw={"height_ratios": heights})
     for line, model in zip(panels, models):
+        layout = layouts[model]
         for panel, family in zip(line, families):
-            layout, counts = layouts[model], np.zeros((layouts[model].layers, layouts[model].heads))
+            counts = np.zeros((layout.layers, layout.heads))
             for heads in chosen.get((model, family), []):
                 for layer, head in heads:
                     counts[layer, head] += 1
-            image = panel.imshow(counts, origin="lower", cmap="Greys", vmin=0, vmax=seeds, aspect="auto")
-            panel.set_title(family, fontsize=9)
+            edges = [np.arange(n + 1) - 0.5 for n in (layout.heads, layout.layers)]
+            look = {"edgecolors": "0.88", "linewidth": 0.3}
+            mesh = panel.pcolormesh(*edges, counts, cmap=colours, norm=norm, **look)
             panel.set_xticks(range(0, layout.heads, 1 if layout.heads <= 12 else 4))
-            panel.tick_params(labelsize=7, length=2)
-        line[0].set_ylabel(f"layer of {model.rsplit('/', 1)[-1]}", fontsize=8)
+            panel.set_yticks(range(0, layout.layers, 1 if layout.layers <= 8 else 5))
+            panel.tick_params(labelsize=7, length=2, labelleft=panel is line[0])
+        line[0].set_ylabel(f"layer of {_short(model)}", fontsize=8)
+    for panel, family in zip(panels[0], families):
+        panel.set_title(family, fontsize=9)
     for panel in panels[-1]:
         panel.set_xlabel("query head", fontsize=8)
-    bar = figure.colorbar(image, ax=panels, fraction=0.04, pad=0.02, ticks=range(seeds + 1))
-    bar.set_label("training seeds in which the head is selected", fontsize=8)
+    bar = figure.colorbar(mesh, ax=panels, fraction=0.05, pad=0.02, ticks=range(seeds + 1), aspect=12, shrink=0.8)
+    bar.ax.tick_params(labelsize=7, length=0)
+    bar.ax.set_title("seeds", fontsize=8)
     return figure
 
 
@@ -128,52 +151,47 @@ def transfer(profile: Profile) -> Figure:
 
     Bars are 95 % intervals, over what Table 4's are.
     """
-    from matplotlib.figure import Figure
-
     table = paper_table(profile, "table4")
-    models = list(dict.fromkeys(table["model"]))
-    figure = Figure(figsize=(1.5 + 4.2 * len(models), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for panel, model in zip(panels, models):
-        own = table[table["model"] == model]
-        columns, rows = list(dict.fromkeys(own["column"])), list(dict.fromkeys(own["row"]))
+    columns, rows = list(dict.fromkeys(table["column"])), list(dict.fromkeys(table["row"]))
+    figure, panels = _panels(list(dict.fromkeys(table["model"])), "score on the second data set, %")
+    for panel, (_, own) in zip(panels, table.groupby("model", sort=False)):
         for i, row in enumerate(rows):
             line = own[own["row"] == row].set_index("column").reindex(columns)
             places = [x + 0.8 * (i - (len(rows) - 1) / 2) / len(rows) for x in range(len(columns))]
-            panel.errorbar(
-                places,
-                line["mean"],
-                line["half_width"].fillna(0),
-                fmt="os^Dvp*hX<>"[i % 11],
-                ms=5,
-                capsize=2,
-                color=COLOURS[i % len(COLOURS)],
-                label=row,
-            )
+            _points(panel, places, line, i, label=row, ls="none")
         panel.set_xticks(range(len(columns)), columns)
-        panel.set(title=model, ylabel="score on the second data set, %")
-        panel.grid(axis="y", alpha=0.25)
+        panel.tick_params(axis="x", length=0)
+        for x in range(1, len(columns)):
+            panel.axvline(x - 0.5, color="0.85", lw=0.8)
     panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def embeddings(profile: Profile) -> Figure:
-    """The paper's Figure 7: where the base model puts each data set's questions, on three principal axes."""
+    """The paper's Figure 7: where the base model puts each data set's questions, on three principal axes.
+
+    Two data sets of a family share a colour.
+    """
     from matplotlib.figure import Figure
 
     config = profile.embedding()
     path = record_path(Path(profile.results) / "records", "embed", config.name)
     if not path.exists():
         raise UserError("The questions have not been embedded yet: run the profile, then make its figures.")
-    figure = Figure(figsize=(6.6, 4.8), layout="constrained")
-    axes = figure.add_subplot(projection="3d")
-    for i, (name, points) in enumerate(load_record(path).result.items()):
-        family = i // 2  # two data sets of a family share a colour
-        colour, marker = COLOURS[family % len(COLOURS)], "o^"[i % 2]
-        axes.scatter(*zip(*points), s=9, color=colour, marker=marker, alpha=0.65, label=name)
-    axes.set(xlabel="first axis", ylabel="second axis", zlabel="third axis")
-    axes.tick_params(labelsize=7)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    points = load_record(path).result
+    figure = Figure(figsize=(6.4, 4.2))
+    axes = figure.add_axes((0.0, 0.04, 0.72, 0.94), projection="3d")
+    for i, family in enumerate(profile.families.values()):
+        for name, marker in zip(family.datasets, "o^"):
+            look = {"s": 9, "color": COLOURS[i % len(COLOURS)], "marker": marker, "alpha": 0.65, "lw": 0}
+            axes.scatter(*zip(*points[name]), label=name, **look)
+    axes.set_xlabel("first axis", fontsize=8)
+    axes.set_ylabel("second axis", fontsize=8)
+    axes.set_zlabel("third axis", fontsize=8)
+    axes.tick_params(labelsize=7, pad=1)
+    axes.set_box_aspect(None, zoom=0.88)
+    legend = figure.legend(loc="center left", bbox_to_anchor=(0.76, 0.5), frameon=False, fontsize=8, markerscale=1.6)
+    legend.set_title(f"questions in {_short(config.base)}", {"size": 8})
     return figure
 
 
@@ -210,16 +228,19 @@ def write_figure(profile: Profile, name: str) -> list[Path]:
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write `name`.svg and .png (200 dpi); returns their paths. The same figure gives the same bytes."""
+    """Write `name`.svg and .png (200 dpi), whole or not at all; returns their paths. Same figure, same bytes."""
     import matplotlib
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.{suffix}" for suffix in ("svg", "png")]
     # A constrained layout moves a little with every drawing, so it is settled once.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    with matplotlib.rc_context({"svg.hashsalt": "alps-repro"}):
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], dpi=200, metadata={"Software": None})
+    paths = [folder / f"{name}.{suffix}" for suffix in ("svg", "png")]
+    settings = [{"metadata": {"Date": None}}, {"metadata": {"Software": None}, "dpi": 200}]
+    for path, own in zip(paths, settings):
+        beside = folder / f".{name}.{os.getpid()}{path.suffix}"
+        with matplotlib.rc_context({"svg.hashsalt": "alps-repro"}):
+            figure.savefig(beside, **own)
+        beside.replace(path)
     return paths

@@ -71,6 +71,9 @@ def _held(results: Path, kind: str, name: str) -> Iterator[None]:
 
 def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool = True) -> tuple[Record, Path]:
     """Fine-tune as `config` says, unless that has been done; returns the record and the tuned model's folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each process would wait for the lock that the first one holds, and that one for them.
+        raise UserError("A recorded run is made by one process: under a launcher call alps_repro.finetune itself.")
     results = Path(results)
     model = results / "models" / config.name
     record = _done(results / "records", "finetune", config)

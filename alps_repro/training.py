@@ -219,6 +219,8 @@ def finetune(
     from transformers import Trainer, TrainingArguments, set_seed
 
     gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # of several processes, each has a card
     precision = _precision(recipe, gpu)
     set_seed(seed)
     # Weights that are trained themselves are kept in float32; frozen ones may stay as they are stored.
@@ -281,6 +283,7 @@ def finetune(
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,  # should the last one turn out broken, the one before it is there
         logging_steps=1,
+        logging_nan_inf_filter=False,  # left on, a loss that is no number would be logged as 0
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=not progress,

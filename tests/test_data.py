@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
+from alps_repro import data
 from alps_repro.data import DATASETS, HUB, OFFLINE, TEST_SIZE, VALIDATION_SIZE, data_hash, offline_splits
 from alps_repro.data import training_examples as examples
 from alps_repro.errors import UserError
@@ -195,3 +196,10 @@ def test_hash_is_over_content_and_order(tmp_path: Path) -> None:
 def test_hash_does_not_depend_on_where_the_copy_lies(tmp_path: Path) -> None:
     copy = shutil.copy(FILES / "alpaca.jsonl", tmp_path / "elsewhere.jsonl")
     assert data_hash(examples("alpaca", source=copy)) == data_hash(examples("alpaca", source=FILES / "alpaca.jsonl"))
+
+
+def test_generator_with_too_few_questions_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_TRIES", 3)
+    monkeypatch.setitem(OFFLINE, "few", data.OfflineDataset("lcm", {"max_value": 6}, r"(-?[0-9]+)"))
+    with pytest.raises(UserError, match="different questions of 500: give the generator of this data set a wider"):
+        offline_splits("few")

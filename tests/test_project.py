@@ -18,7 +18,10 @@ from typer.testing import CliRunner
 from alps_repro import tables
 from alps_repro.cli import app
 from alps_repro.doctor import locked_versions
+from alps_repro.experiments import evaluations
+from alps_repro.recipe import Profile
 from alps_repro.records import load_records
+from alps_repro.runs import evaluate_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -107,25 +110,50 @@ def test_reference_gains_what_a_profile_must_show():
 def test_files_that_the_readme_names_exist():
     for name in re.findall(r"`((?:[\w-]+/)+[\w.-]*|[\w-]+\.\w+)`", README):
         if not name.startswith("results/quick"):
-            assert (ROOT / name).exists() or (ROOT / "alps_repro" / name).exists(), name
+            pattern = name.replace("NAME", "*")
+            assert any(ROOT.glob(pattern)) or any(ROOT.glob(f"alps_repro/{pattern}")), name
 
 
-def commands() -> list[str]:
+def commands(program: str) -> list[list[str]]:
+    """The words of every command of the README that calls a program, without its name."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("alps-repro") and "reproduce" not in line]
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [words[1:] for words in lines if words and words[0] == program]
 
 
 def test_commands_of_the_readme_run_on_a_tiny_model(tmp_path, monkeypatch):
     base = tiny_checkpoint(tmp_path / "base")
+    profile = tmp_path / "tiny.yaml"
+    settings = {
+        "results": str(tmp_path / "cpu"),
+        "models": [str(base)],
+        "families": {"sums": {"datasets": ["chain_sum"]}},
+        "tables": {"table1": {"methods": ["full"]}},
+        "limit": 4,
+        "recipe": {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2},
+    }
+    profile.write_text(yaml.safe_dump(settings))
+    for cell in evaluations(Profile.load(str(profile))).values():
+        evaluate_run(cell.config, tmp_path / "cpu", progress=False)
     stand_ins = {"BASE": str(base), "TASK": str(base), "smollm2-135m": str(base), "max_steps=40": "max_steps=2"}
+    stand_ins |= {"cpu": str(profile), "100": "8"}
     monkeypatch.chdir(tmp_path)
-    assert len(commands()) >= 5
-    for command in commands():
-        words = [stand_ins.get(word, word) for word in shlex.split(command)[1:]]
-        words = ["8" if word == "100" else word for word in words]
+    ran = [words for words in commands("alps-repro") if words[0] != "reproduce"]
+    assert {words[0] for words in ran} >= {"localize", "finetune", "evaluate", "table", "plan", "verify", "doctor"}
+    for command in ran:
+        # A record's name is cut short there: any of its kind stands for it.
+        command = [re.sub(r"^results/\w+/(records/\w+-)\.\.\.json$", r"cpu/\1*.json", word) for word in command]
+        words = [str(next(tmp_path.glob(word))) if "*" in word else stand_ins.get(word, word) for word in command]
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0 or words == ["doctor"], (command, result.output, result.exception)
+
+
+def test_profiles_that_commands_of_the_readme_name_can_be_loaded():
+    makes = [word.split("=")[1] for words in commands("make") for word in words if word.startswith("PROFILE=")]
+    files = [words[words.index("--configfile") + 1] for words in commands("snakemake")]
+    assert len(files) >= 2
+    for name in [*makes, *(str(ROOT / file) for file in files)]:
+        assert Profile.load(name).tables
 
 
 def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):

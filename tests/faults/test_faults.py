@@ -159,6 +159,25 @@ def test_loss_that_explodes_stops_the_run(tmp_path, base):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
 
 
+def test_loss_that_is_no_number_stops_the_run(tmp_path, base):
+    # Infinite weights after the first real step: every loss from then on is NaN, which Trainer would log as 0.
+    recipe = Recipe(max_steps=8, batch_size=2, learning_rate=1e38, warmup_ratio=0.0, max_grad_norm=1e38)
+    config = FinetuneConfig(base=str(base), dataset="chain_sum", method="full", ratio=1.0, recipe=recipe)
+    with pytest.raises(UserError, match=r"The loss became nan at step \d+"):
+        finetune_run(config, tmp_path, progress=False)
+    (record,) = [load_record(path) for path in (tmp_path / "records").glob("*.failed.json")]
+    assert record.status == "failed"
+    assert record.result == {}
+    assert not (tmp_path / "models" / config.name).exists()
+
+
+def test_a_launcher_is_told_what_to_call(tmp_path, base, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = FinetuneConfig(base=str(base), dataset="chain_sum", method="random")
+    with pytest.raises(UserError, match="call alps_repro.finetune itself"):
+        finetune_run(config, tmp_path, progress=False)
+
+
 def test_workers_do_not_change_the_weights(tmp_path, base):
     bytes_of = []
     for workers in (0, 2):
