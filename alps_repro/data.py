@@ -134,8 +134,8 @@ def _take(questions: Iterator[dict[str, str]], size: int, seen: set[str], unique
             break
         if tried > _TRIES * (size + 1):
             raise UserError(
-                f"After {tried} draws there were {len(taken)} different questions of {size}: give the generator of this "
-                "data set a wider configuration."
+                f"After {tried} draws there were {len(taken)} different questions of {size}: give the generator of "
+                "this data set a wider configuration."
             )
         if unique and item["question"] in seen:
             continue

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+#: The same without black, and two more, for figures of many lines.
+MANY_COLOURS = (*COLOURS[:6], "#882255", "#777777")
+
 
 def loss_curves(records: Iterable[Record]) -> Figure:
     """Training loss in nats per counted token against the optimizer step, one line a run."""
@@ -66,7 +69,14 @@ def _panels(models: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
 
 def _points(panel: Axes, places: Sequence[float], line: pd.DataFrame, i: int, **look: Any) -> None:
     """Means with their intervals; where there is none, no bar is drawn. The i-th colour and marker of the panel."""
-    look = {"color": COLOURS[i % 6], "marker": "os^Dvp*hX<>"[i % 11], "ms": 5, "capsize": 2, "elinewidth": 1, **look}
+    look = {
+        "color": MANY_COLOURS[i % 8],
+        "marker": "os^Dvp*hX<>"[i % 11],
+        "ms": 5,
+        "capsize": 2,
+        "elinewidth": 1,
+        **look,
+    }
     panel.errorbar(places, line["mean"], line["half_width"], **look)
 
 
@@ -82,7 +92,7 @@ def ratios(profile: Profile) -> Figure:
         for i, column in enumerate(columns):
             line = own[own["column"] == column]
             # A little beside each other, so that no bar hides another.
-            places = line["row"].astype(float) + 1.1 * (i - (len(columns) - 1) / 2)
+            places = line["row"].astype(float) + 0.6 * (i - (len(columns) - 1) / 2)
             bold = {"color": "black", "lw": 2.2, "ls": "-"} if column == "avg" else {"lw": 1.1, "ls": "--"}
             _points(panel, list(places), line, i, label=column, **bold)
         panel.set_xticks(sorted(set(own["row"].astype(float))))
@@ -179,8 +189,8 @@ def embeddings(profile: Profile) -> Figure:
     if not path.exists():
         raise UserError("The questions have not been embedded yet: run the profile, then make its figures.")
     points = load_record(path).result
-    figure = Figure(figsize=(6.4, 4.2))
-    axes = figure.add_axes((0.0, 0.04, 0.72, 0.94), projection="3d")
+    figure = Figure(figsize=(6.8, 4.4))
+    axes = figure.add_axes((-0.04, 0.0, 0.76, 1.0), projection="3d")
     for i, family in enumerate(profile.families.values()):
         for name, marker in zip(family.datasets, "o^"):
             look = {"s": 9, "color": COLOURS[i % len(COLOURS)], "marker": marker, "alpha": 0.65, "lw": 0}
@@ -189,9 +199,9 @@ def embeddings(profile: Profile) -> Figure:
     axes.set_ylabel("second axis", fontsize=8)
     axes.set_zlabel("third axis", fontsize=8)
     axes.tick_params(labelsize=7, pad=1)
-    axes.set_box_aspect(None, zoom=0.88)
-    legend = figure.legend(loc="center left", bbox_to_anchor=(0.76, 0.5), frameon=False, fontsize=8, markerscale=1.6)
-    legend.set_title(f"questions in {_short(config.base)}", {"size": 8})
+    axes.set_box_aspect(None, zoom=0.95)
+    legend = figure.legend(loc="center left", bbox_to_anchor=(0.73, 0.5), frameon=False, fontsize=8, markerscale=1.6)
+    legend.set_title(f"questions in\n{_short(config.base)}", {"size": 8})
     return figure
 
 

@@ -55,10 +55,12 @@ def reproduce(name: str, say: Callable[[str], None]) -> Path:
     failed = failures(Path(profile.results))
     for run, why in failed.items():
         say(f"failed: {run}: {why}")
-    last = next((line for line in reversed(lines) if "Error" in line or "rror:" in line), lines[-1] if lines else "")
+    # What a notebook or command said of its end; else what snakemake said of its own.
+    own = [line.removeprefix("alps-repro: ") for line in lines if line.startswith("alps-repro: ")]
+    last = own[-1:] or [line for line in lines if "Error" in line or "rror:" in line][-1:] or lines[-1:]
     raise UserError(
         f"{len(failed)} runs of the profile failed, what does not need them is in '{profile.results}'; run again to "
         "repeat them."
         if failed
-        else f"The workflow stopped: {last}"
+        else f"The workflow stopped: {''.join(last)}"
     )

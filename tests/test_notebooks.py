@@ -447,19 +447,15 @@ def test_every_notebook_is_executed_above() -> None:
 
 TOKEN = "hf_" + "secret" * 6
 
-#: Learning rates of one method: an evaluation, a table, the report.
-SEARCHED = {
-    "tables": {"search": {}},
-    "search": [{"method": "full", "scope": "heads", "learning_rates": [1e-3]}],
-    "score_and_truth": False,
-}
+#: Every rule of the workflow that makes a run, once or more.
+GRID = {"tables": {"table1": {}}, "task_scope": "heads", "knowledge": [], "limit": 2, "score_and_truth": False}
 
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A profile and the lines that were said of it; snakemake's own files lie beside the results."""
     folder = tmp_path_factory.mktemp("reproduced")
-    profile, said = profile_in(folder, **SEARCHED), []
+    profile, said = profile_in(folder, **GRID), []
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HF_TOKEN", TOKEN)
@@ -467,29 +463,37 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return profile, said
 
 
+@pytest.mark.long
 def test_profile_makes_everything(reproduced: Any) -> None:
     profile, said = reproduced
     results = Path(profile.results)
-    ((name, cell),) = evaluations(profile).items()
-    assert [line for line in said if line.endswith(" ...")] == [
-        f"evaluating {name} ...",
-        "making search ...",
-        "making the report ...",
-    ]
-    assert sum(line.endswith(": done") for line in said) >= 3
-    assert sorted(path.name for path in (results / "notebooks").iterdir()) == [
-        f"03_evaluate-{name}.ipynb",
-        "06_report.ipynb",
-    ]
-    assert records_of(profile) == {"evaluate": 1, "finetune": 1}
-    assert load_record(record_path(results / "records", "evaluate", name)).config == cell.config
-    for made in ("tables/search.csv", "tables/summary.md", "figures/losses.svg", "claims.csv", "claims.md"):
+    alps, full = (profile.finetuning(profile.run(method=method)) for method in ("alps", "full"))
+    asked = {name: f"03_evaluate-{name}.ipynb" for name in evaluations(profile)}
+    begun = [line.removesuffix(" ...") for line in said if line.endswith(" ...")]
+    assert set(begun) == {
+        *(f"evaluating {name}" for name in asked),
+        f"fine-tuning {full.name}",
+        f"localizing {alps.localization.name}",
+        *["making table1", "drawing figure5", "making the report"],
+    }
+    assert begun[-1] == "making the report"
+    assert re.fullmatch(r"\[9/9\] .*: done", said[-1]), "all is counted, with the rule that asks for everything"
+    assert {path.name for path in (results / "notebooks").iterdir()} == {
+        *asked.values(),
+        *[f"02_finetune-{full.name}.ipynb", f"01_localize_heads-{alps.localization.name}.ipynb", "06_report.ipynb"],
+    }
+    assert records_of(profile) == {"evaluate": 3, "finetune": 2, "localize": 1}
+    for name, cell in evaluations(profile).items():
+        assert load_record(record_path(results / "records", "evaluate", name)).config == cell.config
+    for made in ("tables/table1.csv", "tables/summary.md", "figures/losses.svg", "figures/figure5.png", "claims.csv"):
         assert (results / made).stat().st_size > 100
     assert {path.name for path in results.iterdir()} == {
-        *[".locks", "records", "samples", "models", "tables", "figures", "notebooks", "claims.csv", "claims.md"]
+        *[".locks", "records", "scores", "samples", "models", "tables", "figures", "notebooks"],
+        *["claims.csv", "claims.md"],
     }
 
 
+@pytest.mark.long
 def test_profile_again_does_nothing(reproduced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     profile, _ = reproduced
     monkeypatch.chdir(Path(profile.results).parent)
@@ -499,28 +503,31 @@ def test_profile_again_does_nothing(reproduced: Any, monkeypatch: pytest.MonkeyP
     assert state(Path(profile.results)) == before
 
 
+@pytest.mark.long
 def test_failed_run_is_named_and_leaves_the_rest(
     reproduced: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And is made when what it failed of is mended; a token is not told by what fails, either."""
+    """Two models, one of them damaged: the other's runs are made; a token is not told by what fails, either."""
     profile, _ = reproduced
-    shutil.copytree(Path(profile.results), tmp_path / "results")
+    shutil.copytree(Path(profile.models[0]), tmp_path / "base")
     shutil.copytree(Path(profile.models[0]), tmp_path / "broken")
-    weights = (tmp_path / "broken" / "model.safetensors").read_bytes()
-    (tmp_path / "broken" / "model.safetensors").write_bytes(weights[:2000])
-    broken = profile_in(tmp_path, **SEARCHED, models=[str(tmp_path / "broken")])
+    weights = tmp_path / "broken" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    models = [str(tmp_path / name) for name in ("base", "broken")]
+    both = profile_in(tmp_path, **{**GRID, "models": models, "methods": ["full"]})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    before, said = state(tmp_path / "results"), []
-    with pytest.raises(UserError, match=r"runs of the profile failed.*run again to repeat them"):
-        reproduce(path_of(broken), said.append)
-    ((name, cell),) = evaluations(broken).items()
-    assert any(re.match(rf"failed: finetune {cell.config.model.name}: .*copy", line) for line in said)
-    after = state(tmp_path / "results")
-    assert before.items() <= after.items()
-    assert all(".failed." in made for made in set(after) - set(before))
-    assert f"notebooks/03_evaluate-{name}.failed.ipynb" in after
-    assert no_token_in(tmp_path)
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"2 runs of the profile failed.*run again to repeat them"):
+        reproduce(path_of(both), said.append)
+    assert all(re.search(r"broken.* again", line) for line in said if line.startswith("failed: "))
+    assert sum(line.startswith("failed: ") for line in said) == 2
+    for name, cell in evaluations(both).items():
+        made = record_path(tmp_path / "results" / "records", "evaluate", name)
+        assert made.exists() == (cell.base == models[0])
+        copied = tmp_path / "results" / "notebooks" / f"03_evaluate-{name}.ipynb"
+        assert copied.exists() == copied.with_suffix(".failed.ipynb").exists() is False or made.exists()
+    assert no_token_in(tmp_path) > 20
 
 
 def no_token_in(folder: Path) -> int:
@@ -531,10 +538,11 @@ def no_token_in(folder: Path) -> int:
     return len(paths)
 
 
+@pytest.mark.long
 def test_tokens_reach_no_notebook_and_no_log(reproduced: Any) -> None:
     profile, said = reproduced
     folder = Path(profile.results).parent
     assert TOKEN not in "\n".join(said)
     assert list((folder / ".snakemake" / "log").iterdir()), "there is a log to look through"
-    assert len(list((folder / "results" / "notebooks").iterdir())) == 2
+    assert len(list((folder / "results" / "notebooks").iterdir())) == 6
     assert no_token_in(folder) > 20

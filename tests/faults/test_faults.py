@@ -174,7 +174,7 @@ def test_loss_that_is_no_number_stops_the_run(tmp_path, base):
 def test_a_launcher_is_told_what_to_call(tmp_path, base, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = FinetuneConfig(base=str(base), dataset="chain_sum", method="random")
-    with pytest.raises(UserError, match="call alps_repro.finetune itself"):
+    with pytest.raises(UserError, match=r"call alps_repro\.finetune itself"):
         finetune_run(config, tmp_path, progress=False)
 
 
