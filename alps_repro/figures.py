@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments import cells
+from alps_repro.methods import METHODS
 from alps_repro.recipe import FinetuneConfig, Profile
 from alps_repro.records import Record, load_record, record_path
 from alps_repro.tables import paper_table
@@ -27,17 +28,30 @@ MANY_COLOURS = (*COLOURS[:6], "#882255", "#777777")
 
 
 def loss_curves(records: Iterable[Record]) -> Figure:
-    """Training loss in nats per counted token against the optimizer step, one line a run."""
+    """Training loss in nats per counted token against the optimizer step, one line a run.
+
+    Many runs are told apart by method (colour) and scope (dashed: heads) alone.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
     runs = [r for r in records if isinstance(r.config, FinetuneConfig) and r.result.get("losses")]
+    few = len(runs) <= len(COLOURS)
+    figure = Figure(figsize=(6.4 if few else 8.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    kinds: dict[str, int] = {}
     for i, record in enumerate(runs):
-        losses = record.result["losses"]
-        label = f"{record.config.method} (scope {record.config.scope}, seed {record.config.seed})"
-        axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[i % len(COLOURS)], lw=1.6, label=label)
+        config, losses = record.config, record.result["losses"]
+        kind = f"{config.method} (scope {config.scope})"
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "lw": 1.6}
+        if not few:
+            dashed = (0, (2, 1)) if config.scope == "heads" else "-"
+            colour = MANY_COLOURS[list(METHODS).index(config.method) % len(MANY_COLOURS)]
+            look = {"color": colour, "lw": 0.7, "ls": dashed, "alpha": 0.7}
+        label = f"{config.method} (scope {config.scope}, seed {config.seed})" if few else kind
+        shown = label if few or kind not in kinds else None
+        kinds[kind] = kinds.get(kind, 0) + 1
+        axes.plot(range(1, len(losses) + 1), losses, label=shown, **look)
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss, nats per token")
@@ -45,7 +59,12 @@ def loss_curves(records: Iterable[Record]) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    if few:
+        axes.legend(frameon=False)
+    else:
+        handles, labels = axes.get_legend_handles_labels()
+        labels = [f"{label}: {kinds[label]} runs" for label in labels]
+        axes.legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -55,7 +74,7 @@ def _short(model: str) -> str:
 
 
 def _panels(models: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
-    """A panel a model, side by side, with one axis of scores from 0 to at most 100 %."""
+    """A panel a model, side by side, on one axis of scores."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 3.4 * len(models), 3.6), layout="constrained")
