@@ -145,6 +145,7 @@ def evaluate(
     """Evaluate a model with lm-evaluation-harness."""
     from alps_repro.recipe import EvaluateConfig
     from alps_repro.runs import evaluate_run
+    from alps_repro.tables import lower_is_better
 
     config = EvaluateConfig.check(
         model=model,
@@ -157,7 +158,8 @@ def evaluate(
     )
     record = evaluate_run(config, results)
     for task, score in record.result["scores"].items():
-        console.print(f"{task}: {100 * score:.2f} %")
+        shown = f"{score:.4f} nats per token" if lower_is_better(task) else f"{100 * score:.2f} %"
+        console.print(f"{task}: {shown}")
     console.print(str(results / "samples" / record.result["samples"]), soft_wrap=True)
 
 

@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 from alps_repro.errors import UserError
+from alps_repro.plan import needed
 from alps_repro.recipe import Profile
 from alps_repro.records import load_record
 
@@ -20,10 +23,28 @@ def profile_path(name: str) -> Path:
     return Path(name) if name.endswith((".yaml", ".yml")) else SNAKEFILE.parents[1] / "profiles" / f"{name}.yaml"
 
 
-def failures(results: Path) -> dict[str, str]:
-    """{run: why it failed} of the runs that failed and have not been completed since."""
-    records = [load_record(path) for path in sorted((results / "records").glob("*.failed.json"))]
-    return {f"{record.kind} {record.name}": record.error or "" for record in records}
+def lock(results: Path) -> FileLock:
+    """What a workflow holds while it is at work on a results folder.
+
+    Two of them would harm each other: snakemake removes a job's output before it runs it, also what another one has
+    made since the jobs were planned. The lock is the system's, which ends with its process, however that ends;
+    snakemake's own outlives a workflow that is killed.
+    """
+    return FileLock(results / ".locks" / "workflow.lock")
+
+
+def busy(results: Path) -> str:
+    """What a workflow says that finds another one at work."""
+    return f"Another workflow is at work on '{results}': wait for it, then start again."
+
+
+def failures(profile: Profile) -> dict[str, str]:
+    """{run: why it failed} of a profile's runs that failed and have not been completed since."""
+    paths = sorted((Path(profile.results) / "records").glob("*.failed.json"))
+    runs = needed(profile)
+    own = {"finetune": runs.finetunings, "localize": runs.localizations, "evaluate": runs.evaluations}
+    failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name})]
+    return {f"{record.kind} {record.name}": record.error or "" for record in failed}
 
 
 def reproduce(name: str, say: Callable[[str], None]) -> Path:
@@ -38,29 +59,46 @@ def reproduce(name: str, say: Callable[[str], None]) -> Path:
         UserError: a run failed; all that does not need it has been made.
     """
     profile = Profile.load(name)
+    results = Path(profile.results)
+    code, lines = _workflow(name, say)
+    while code and any(busy(results) in line for line in lines):
+        say(f"Another workflow is at work on '{results}': waiting for it.")
+        with lock(results):
+            pass
+        code, lines = _workflow(name, say)
+    if code == 0:
+        return results
+    failed = failures(profile)
+    for run, why in failed.items():
+        say(f"failed: {run}: {why}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} run{'s' if len(failed) > 1 else ''} of the profile failed, what does not need "
+            f"{'them' if len(failed) > 1 else 'it'} is in '{results}'; run again to repeat "
+            f"{'them' if len(failed) > 1 else 'it'}."
+        )
+    # What a notebook or command said of its end; else what snakemake said of its own.
+    own = [line.removeprefix("alps-repro: ") for line in lines if line.startswith("alps-repro: ")]
+    last = own or [line for line in lines if "Error" in line or "rror:" in line] or lines or ["it said nothing."]
+    raise UserError(f"The workflow stopped: {last[-1]}")
+
+
+def _workflow(name: str, say: Callable[[str], None]) -> tuple[int, list[str]]:
+    """Run snakemake on a profile; returns its exit status and what it wrote to standard error."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", SNAKEFILE, "--configfile", profile_path(name)]
     process = subprocess.Popen(
         [*map(str, command), "--cores", "all", "--quiet", "reason", "host"], stderr=subprocess.PIPE, text=True
     )
-    doing, lines = "", []
+    lines: list[str] = []
+    jobs: dict[str, str] = {}
+    ended = ""
     for line in process.stderr or ():
         lines.append(line.strip())
-        if found := re.match(r"Job \d+: (.*)", line):
-            doing = found[1]
-            say(f"{doing} ...")
+        if found := re.match(r"Job (\d+): (.*)", line):
+            jobs[found[1]] = found[2]
+            say(f"{found[2]} ...")
+        elif found := re.match(r"Finished jobid: (\d+)", line):
+            ended = jobs.get(found[1], "everything")  # what asks for all the rest is told of at its end alone
         elif found := re.match(r"(\d+) of (\d+) steps", line):
-            say(f"[{found[1]}/{found[2]}] {doing}: done")
-    if process.wait() == 0:
-        return Path(profile.results)
-    failed = failures(Path(profile.results))
-    for run, why in failed.items():
-        say(f"failed: {run}: {why}")
-    # What a notebook or command said of its end; else what snakemake said of its own.
-    own = [line.removeprefix("alps-repro: ") for line in lines if line.startswith("alps-repro: ")]
-    last = own[-1:] or [line for line in lines if "Error" in line or "rror:" in line][-1:] or lines[-1:]
-    raise UserError(
-        f"{len(failed)} runs of the profile failed, what does not need them is in '{profile.results}'; run again to "
-        "repeat them."
-        if failed
-        else f"The workflow stopped: {''.join(last)}"
-    )
+            say(f"[{found[1]}/{found[2]}] {ended}: done")
+    return process.wait(), lines

@@ -25,7 +25,19 @@ from tiny_models import tiny_checkpoint, tiny_model
 from alps_repro import HeadLayout, HeadSelection, UserError, load_model, localize
 from alps_repro.checkpoints import ADAPTER, INDEX, SINGLE
 from alps_repro.data import HUB, training_examples
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile, Recipe, Settings
+from alps_repro.experiments import evaluations
+from alps_repro.recipe import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
+    LocalizeConfig,
+    Profile,
+    RecallConfig,
+    Recipe,
+    Run,
+    Settings,
+)
 from alps_repro.records import Cost, Record, load_record, provenance, record_path
 from alps_repro.scores import HeadScores
 from alps_repro.tuner import AlpsConfig
@@ -283,11 +295,20 @@ SOUND: dict[type[Settings], dict[str, Any]] = {
     FinetuneConfig: FinetuneConfig.check(**ALPS).dump(),
     LocalizeConfig: LocalizeConfig.check(base="m", task_model=FULL).dump(),
     EvaluateConfig: EvaluateConfig.check(model=ALPS, tasks=["chain_sum", "gsm8k"]).dump(),
-    Profile: Profile.load("quick").dump(),
+    RecallConfig: RecallConfig(base="m").dump(),
+    ImportanceConfig: ImportanceConfig.check(base="m", task_model=FULL).dump(),
+    EmbedConfig: EmbedConfig(base="m", datasets=("gcd",)).dump(),
+    Run: Profile.load("quick").run().dump(),
+    Profile: {**Profile.load("cpu").dump(), "seeds": [0]},
 }
 
 
-@inputs(80)
+def runs_of(profile: Profile) -> list[str]:
+    """The names of all runs that a profile asks for."""
+    return [*evaluations(profile), *(config.name for config in (profile.recall(), profile.embedding()))]
+
+
+@inputs(160)
 @given(
     st.sampled_from(list(SOUND)).flatmap(
         lambda kind: st.tuples(
@@ -302,25 +323,26 @@ def test_settings(inside, given):
     if made is not None:
         assert len(made.digest) == 10
         assert kind.model_validate_json(json.dumps(made.dump())) == made
-    if hasattr(made, "name"):
+    named = [made.name] if hasattr(made, "name") else []
+    for name in (stands(runs_of, made) or []) if isinstance(made, Profile) else named:
         # A name of a model, data set or task must not lead a record to another folder.
-        path = record_path(Path("records"), "finetune", made.name)
+        path = record_path(Path("records"), "finetune", name)
         assert path.parent == Path("records")
         assert len(os.fsencode(path.name)) < 200
 
 
 YAML = [
     "a: &a [*a]",
-    "&a {base: *a}",
-    "base: " + "[" * 5000,
-    "seed: 2020-99-99",
-    "seed: 0x_",
-    "seed: !!int ''",
-    "seed: !!float x",
-    "seed: !!timestamp x",
-    "seed: !!binary 'ä'",
-    "base: !!python/object/apply:os.system ['touch hacked']",
-    "base: !!python/name:os.system",
+    "&a {recipe: *a}",
+    "results: " + "[" * 5000,
+    "search_seed: 2020-99-99",
+    "search_seed: 0x_",
+    "search_seed: !!int ''",
+    "search_seed: !!float x",
+    "search_seed: !!timestamp x",
+    "search_seed: !!binary 'ä'",
+    "results: !!python/object/apply:os.system ['touch hacked']",
+    "results: !!python/name:os.system",
     "? [1, 2]\n: 3",
     "? {a: 1}\n: 3",
     "<<: 3",
@@ -328,16 +350,34 @@ YAML = [
     "self: 1",
     "1: 2",
     "null: 3",
-    "seed: " + "1" * 5000,
+    "search_seed: " + "1" * 5000,
     "%YAML 9.9\n---\na: 1",
     "--- a\n--- b",
     "\t- x",
-    "base: |\n a\n b\n",
+    "results: |\n a\n b\n",
     "methods: {full: 1}",
+    "families: {? [1, 2] : {datasets: [gcd]}}",
+    "families: {1: {datasets: [gcd]}}",
+    "families: {../x: {datasets: [gcd]}}",
+    "tables: {../../x: {}}",
+    "tables: {table1: {families: [../x]}}",
+    "recipes: {heads: {default: {cls: 1}}}",
+    "recipes: {heads: {default: {null: 1}}}",
+    "scopes: {full: [heads]}",
+    "seeds: [-1]",
+    "seeds: [1.5]",
+    "choice_seed: -99",
+    "choice_seed: 1" + "0" * 4000,
+    "ready_made: {smollm2-135m: ../../etc/passwd}",
+    "knowledge: [../prose]",
+    "search: [{method: full, scope: all, learning_rates: [.nan, .inf, -1, 0]}]",
+    "limit: 0",
+    "eval_batch_size: 0",
+    "threads: 0",
     # Nine times nine of the last: short as a file, endless once written out.
     "\n".join(["a: &a0 [x,x,x,x,x,x,x,x,x]", *(f"b{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12))]),
     "\n".join(
-        ["base: &a0 [x,x,x,x,x,x,x,x,x]", *(f"k{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+        ["results: &a0 [x,x,x,x,x,x,x,x,x]", *(f"k{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
     )
     + "\nmethods: *a8",
 ]
@@ -347,7 +387,9 @@ YAML = [
 def test_hostile_yaml(inside, text):
     for start in ("", yaml.safe_dump(SOUND[Profile])):
         (path := inside() / "profile.yaml").write_text(start + text)
-        stands(Profile.load, str(path))
+        profile = stands(Profile.load, str(path))
+        if profile is not None:
+            stands(runs_of, profile)
 
 
 @inputs(80)
@@ -360,7 +402,9 @@ def test_hostile_yaml(inside, text):
 def test_profile_files(inside, content):
     path = inside() / "profile.yaml"
     path.write_bytes(content)
-    stands(Profile.load, str(path))
+    profile = stands(Profile.load, str(path))
+    if profile is not None:
+        stands(runs_of, profile)
 
 
 @inputs(40)
