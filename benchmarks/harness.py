@@ -1,4 +1,4 @@
-"""What surrounds a run: the import, everything of a fine-tuning that is not training, and profile `quick` whole.
+"""What surrounds a run: the import, and everything of a fine-tuning that is not training.
 
 `python benchmarks/harness.py` writes `results/benchmarks/harness.json`.
 """
@@ -10,12 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
-import yaml
 from measured import save
-
-from alps_repro.records import load_records
 
 
 def wall(*command: str) -> float:
@@ -34,25 +30,13 @@ def one_example() -> float:
         return wall(sys.executable, "-m", "alps_repro.cli", *words, *settings, "--results", folder)
 
 
-def quick_profile() -> dict[str, float]:
-    """Seconds of profile `quick` from an empty results folder, and of its runs by kind."""
-    with tempfile.TemporaryDirectory() as folder:
-        profile = Path(folder) / "quick.yaml"
-        settings = yaml.safe_load((Path(__file__).parents[1] / "profiles" / "quick.yaml").read_text())
-        profile.write_text(yaml.safe_dump({**settings, "results": f"{folder}/results"}))
-        seconds = {"whole": wall(sys.executable, "-m", "alps_repro.cli", "reproduce", str(profile))}
-        for record in load_records(Path(folder) / "results" / "records"):
-            seconds[record.kind] = seconds.get(record.kind, 0.0) + record.cost.seconds
-    return seconds
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = range(parser.parse_args().rounds)
     imported = [wall(sys.executable, "-c", "import alps_repro") - wall(sys.executable, "-c", "pass") for _ in rounds]
     one = [one_example() for _ in rounds]
-    save("harness", {"import_seconds": imported, "one_example_seconds": one, "quick_seconds": quick_profile()})
+    save("harness", {"import_seconds": imported, "one_example_seconds": one})
 
 
 if __name__ == "__main__":
