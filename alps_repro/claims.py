@@ -148,8 +148,17 @@ def effect(blocks: Sequence[Block]) -> Effect:
 
 
 def values(record: Record, task: str, measure: str) -> np.ndarray | None:
-    """One number per question of a task: points (0 or 100), nats of the right answer, or minus nats per token."""
-    own = record.result["per_question"].get(task, {})
+    """One number per question of a task: points (0 or 100), nats of the right answer, or minus nats per token.
+
+    None where the task has no such number. A group's questions (MMLU's subjects) count alike.
+    """
+    found = record.result["per_question"]
+    parts = [
+        own for name, own in sorted(found.items()) if name.startswith(f"{task}_") and name not in record.config.tasks
+    ]
+    if task not in found and parts and all("correct" in own for own in parts):
+        found = {task: {"correct": "".join(own["correct"] for own in parts)}}
+    own = found.get(task, {})
     if measure == "accuracy" and "correct" in own and not lower_is_better(task):
         return 100.0 * np.array([int(digit) for digit in own["correct"]])
     if measure == "log_likelihood" and "answer_loglikelihood" in own:

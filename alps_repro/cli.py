@@ -139,6 +139,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Questions per task.")] = None,
     batch_size: int = 16,
     template: Annotated[str, typer.Option(help="Around lm-eval's own text: none or alpaca.")] = "none",
+    autocast: Annotated[str, typer.Option(help="Multiply in: none (the weights' own), bfloat16, float16.")] = "none",
     allow_code: Annotated[bool, typer.Option(help="Run code that the model wrote.")] = False,
     results: Results = Path("results/shell"),
 ) -> None:
@@ -154,6 +155,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         template=template,
+        autocast=autocast,
         allow_code=allow_code,
     )
     record = evaluate_run(config, results)

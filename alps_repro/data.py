@@ -96,11 +96,13 @@ OFFLINE: dict[str, OfflineDataset] = {
     "family_relationships": OfflineDataset("family_relationships", {"max_family_size": 6}, _RELATION),
     "large_families": OfflineDataset("family_relationships", {"min_family_size": 7, "max_family_size": 8}, _RELATION),
     "chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 3, "max_digits": 2}, _NUMBER),
+    "short_chain_sum": OfflineDataset("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 2}, _NUMBER),
     "basic_arithmetic": OfflineDataset("basic_arithmetic", _TWO_TERMS, _NUMBER),
     "gcd": OfflineDataset("gcd", {"max_value": 100}, _NUMBER),
     "lcm": OfflineDataset("lcm", {"max_value": 60}, _NUMBER),
     "short_word_reversal": OfflineDataset("word_sequence_reversal", {"min_words": 2, "max_words": 3}, _WORDS),
     "word_reversal": OfflineDataset("word_sequence_reversal", {"min_words": 4, "max_words": 5}, _WORDS),
+    "long_word_reversal": OfflineDataset("word_sequence_reversal", {"min_words": 6, "max_words": 7}, _WORDS),
     "spell_backward": OfflineDataset("spell_backward", {"max_word_len": 5}, r"([a-z]+)\W*$"),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from alps_repro.errors import one_of
+from alps_repro.errors import UserError, one_of
 from alps_repro.recipe import Coverage, EvaluateConfig, Profile, Run
 
 
@@ -192,7 +192,12 @@ TABLES: dict[str, Table] = {
 def cells(profile: Profile, table: str) -> list[Cell]:
     """All cells of one of a profile's tables, whether measured yet or not."""
     one_of("table of this profile", table, profile.tables)
-    return list(TABLES[table].cells(profile, profile.tables[table]))
+    found = list(TABLES[table].cells(profile, profile.tables[table]))
+    if not found:
+        raise UserError(
+            f"The profile has no run for {table} ({TABLES[table].title}): add what it is of, or leave the table out."
+        )
+    return found
 
 
 def evaluations(profile: Profile) -> dict[str, Cell]:

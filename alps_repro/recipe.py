@@ -192,6 +192,9 @@ class EvaluateConfig(Settings):
     split: Literal["test", "validation"] = Field(
         "test", description="of offline tasks; validation questions are for choosing learning rates"
     )
+    autocast: Literal["none", "bfloat16", "float16"] = Field(
+        "none", description="what matrices are multiplied in, where not in the weights' own dtype"
+    )
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
 
     @model_validator(mode="after")
@@ -366,6 +369,7 @@ class Profile(Settings):
     search_seed: int = Field(90, description="of training in the search, apart from `seeds`")
     limit: int | None = None
     eval_batch_size: int = 16
+    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
     threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
@@ -534,10 +538,10 @@ class Profile(Settings):
             base=task_model.base, task_model=self.finetuning(task_model), head_matrix=self.head_matrix
         )
 
-    def embedding(self, model: str | None = None) -> EmbedConfig:
-        """The embeddings of all data sets of the profile."""
+    def embedding(self) -> EmbedConfig:
+        """The embeddings of all data sets of the profile, by its first model."""
         datasets = tuple(name for family in self.families.values() for name in family.datasets)
-        return EmbedConfig.check(base=model or self.models[0], datasets=datasets)
+        return EmbedConfig.check(base=self.models[0], datasets=datasets)
 
     def evaluation(
         self, run: Run, tasks: Sequence[str] | None = None, split: str = "test", limit: int | None = None
@@ -553,6 +557,7 @@ class Profile(Settings):
             batch_size=self.eval_batch_size,
             quantization=run.quantization,
             template=self.template,
+            autocast=self.autocast,
             allow_code=self.allow_code,
             split=split,
         )

@@ -57,7 +57,7 @@ class Provenance(Block):
     """Where a run came from."""
 
     commit: str | None = Field(description="git commit of the package's checkout; null outside of one")
-    dirty: bool | None = Field(description="whether tracked files differed from that commit")
+    dirty: bool | None = Field(description="whether tracked files outside results/ differed from that commit")
     code: str | None = Field(None, description="SHA-256 of the modules that measure, the same in all of a table")
     versions: dict[str, str]
     python: str
@@ -215,7 +215,8 @@ def provenance(**hashes: dict[str, str]) -> Provenance:
     """The provenance of a run in this process."""
     import torch
 
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    # What runs write into a checkout's results is no change of what made them.
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
     return Provenance(
         commit=_git("rev-parse", "HEAD"),
         dirty=None if status is None else bool(status),

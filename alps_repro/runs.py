@@ -161,30 +161,20 @@ def _localize(
 def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool = True) -> Record:
     """Evaluate as `config` says, unless that has been done; the fine-tuning is made first where it is missing."""
     results = Path(results)
-    record = _done(results / "records", "evaluate", config)
-    if record is not None:
-        return record
-    model: str | Path = config.model if isinstance(config.model, str) else ""
-    tuning: Record | None = None
-    if isinstance(config.model, FinetuneConfig):
-        tuning, model = finetune_run(config.model, results, progress=progress)
-    _prepare(results / "samples")
-    with _held(results, "evaluate", config.name):
-        record = _done(results / "records", "evaluate", config)
-        if record is not None:
-            return record
-        return _evaluate(config, results, model, tuning, progress)
 
+    def tuned() -> tuple[Record | None, str | Path]:
+        if isinstance(config.model, FinetuneConfig):
+            return finetune_run(config.model, results, progress=progress)
+        return None, config.model
 
-def _evaluate(
-    config: EvaluateConfig, results: Path, model: str | Path, tuning: Record | None, progress: bool
-) -> Record:
-    with recorded(results / "records", config) as outcome:
+    def make(outcome: Outcome, before: tuple[Record | None, str | Path]) -> None:
+        tuning, model = before
         found = evaluate(
             model,
             config.tasks,
             quantization=config.quantization,
             batch_size=config.batch_size,
+            autocast=config.autocast,
             limit=config.limit,
             template=config.template,
             allow_code=config.allow_code,
@@ -192,6 +182,7 @@ def _evaluate(
             progress=progress,
         )
         samples = results / "samples" / f"{config.name}.jsonl"
+        _prepare(samples.parent)
         rows = [{"task": task, **row} for task, answers in found.samples.items() for row in answers]
         write_whole(samples, "".join(json.dumps(row) + "\n" for row in rows))
         outcome.result = {
@@ -213,20 +204,24 @@ def _evaluate(
             outcome.result["training_seconds"] = tuning.cost.seconds
         if is_adapter(folder) and tuning is not None:
             outcome.model_sha256["base"] = tuning.provenance.model_sha256["base"]
-    return outcome.record
+
+    return _made_once(config, results, make, tuned)
 
 
 def _per_question(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What a paired test needs of each question, in the order of `doc_id`: small enough to be kept in the record.
 
-    correct: a digit a question, by the number that stands for the task. answer_loglikelihood: of the right answer,
-    nats, to seven digits. loglikelihood and tokens: of a passage of prose.
+    correct: a digit a question, by the number that stands for the task, where that is one and right or wrong (IFEval's
+    is the mean of four). answer_loglikelihood: of the right answer, nats, to seven digits. loglikelihood and tokens: of
+    a passage of prose.
     """
-    metric, _, graded = headline(task)[0].partition(",")
+    metrics = headline(task)
+    metric, _, graded = metrics[0].partition(",")
     rows = sorted((row for row in rows if row.get("filter", "none") in (graded, "none")), key=lambda row: row["doc_id"])
     found: dict[str, Any] = {}
-    correct = [row.get(metric, row.get("acc")) for row in rows]
-    if all(value in (0, 1) for value in correct):
+    # Programs of models are run, and their ends noted, by this package.
+    correct = [row["outcome"] == "passed" if "outcome" in row else row.get(metric, row.get("acc")) for row in rows]
+    if len(metrics) == 1 and correct and all(value in (0, 1) for value in correct):
         found["correct"] = "".join(str(int(value)) for value in correct)
     for name in ("answer_loglikelihood", "loglikelihood", "tokens"):
         if rows and all(name in row for row in rows):
@@ -234,19 +229,26 @@ def _per_question(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _made_once(config: Config, results: str | Path, make: Callable[[Path, Outcome], None]) -> Record:
-    """The record of a run that leaves nothing else; `make` fills it in where it is not there."""
-    results = Path(results)
-    kind = KINDS[type(config)]
+def _made_once(
+    config: Config,
+    results: str | Path,
+    make: Callable[[Outcome, Any], None],
+    first: Callable[[], Any] = lambda: None,
+) -> Record:
+    """The record of a run; where it is not there, `make` fills it in with what `first` gives.
+
+    first: makes the runs that come before, each with a record and a time of its own.
+    """
+    results, kind = Path(results), KINDS[type(config)]
     if (record := _done(results / "records", kind, config)) is not None:
         return record
+    before = first()
     _prepare(results / "records")
     with _held(results, kind, config.name):
         if (record := _done(results / "records", kind, config)) is not None:
             return record
         with recorded(results / "records", config) as outcome:
-            outcome.model_sha256["base"] = model_hash(resolve(config.base))
-            make(results, outcome)
+            make(outcome, before)
         return outcome.record
 
 
@@ -256,7 +258,7 @@ def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = Tr
     `result["peaks"]`: the largest probability in each head's distribution, {head matrix: (layers, heads)}.
     """
 
-    def make(results: Path, outcome: Outcome) -> None:
+    def make(outcome: Outcome, before: None) -> None:
         found = recall_by_metric(
             config.base,
             factors=config.factors,
@@ -265,6 +267,7 @@ def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = Tr
             background=config.background,
             progress=progress,
         )
+        outcome.model_sha256["base"] = model_hash(resolve(config.base))
         peaked = {kind: values.tolist() for kind, values in peaks(config.base).items()}
         outcome.result = {"rows": found.to_dict("records"), "peaks": peaked}
 
@@ -277,11 +280,11 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
     `result["importance"]`: nats per counted token, (layers, heads). `result["scores"]`: {metric: (layers, heads)}.
     """
 
-    def make(results: Path, outcome: Outcome) -> None:
-        folder = finetune_run(config.task_model, results, progress=progress)[1]
-        model, tokenizer = load_model(folder)
+    def make(outcome: Outcome, before: tuple[Record, Path]) -> None:
         from datasets import Dataset
 
+        folder = before[1]
+        model, tokenizer = load_model(folder)
         questions = Dataset.from_list(offline_splits(config.task_model.dataset)["validation"][: config.questions])
         rows = list(tokenize(questions, tokenizer, config.task_model.recipe.max_length))
         collate = Collate(tokenizer.pad_token_id, "response")
@@ -291,17 +294,18 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
             for name in COMPARED
         }
-        outcome.model_sha256["task"] = model_hash(folder)
+        outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(folder)}
         outcome.data_sha256[config.task_model.dataset] = data_hash(questions)
         outcome.result = {"importance": lost.tolist(), "scores": scores}
 
-    return _made_once(config, results, make)
+    return _made_once(config, results, make, lambda: finetune_run(config.task_model, results, progress=progress))
 
 
 def embed_run(config: EmbedConfig, results: str | Path, *, progress: bool = True) -> Record:
     """Where a model puts the questions of data sets; `result`: {data set: three principal coordinates a question}."""
 
-    def make(results: Path, outcome: Outcome) -> None:
+    def make(outcome: Outcome, before: None) -> None:
+        outcome.model_sha256["base"] = model_hash(resolve(config.base))
         model, tokenizer = load_model(config.base)
         asked = {name: training_examples(name, size=config.questions)["instruction"] for name in config.datasets}
         outcome.result = {

@@ -226,6 +226,8 @@ def finetune(
     # Weights that are trained themselves are kept in float32; frozen ones may stay as they are stored.
     dtype = torch.float32 if scope == "all" or not gpu else None
     model, tokenizer = load_model(base, quantization, dtype=dtype)
+    if precision == "bfloat16" and not gpu:
+        model.set_attn_implementation("eager")  # torch's fused attention is slow there, ten times in its backward pass
     layout = HeadLayout.of(model)
     rank = None
     if heads is None:

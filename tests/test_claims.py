@@ -17,6 +17,7 @@ from alps_repro.claims import CLAIMS, MARGINS, Block, Effect, decided, differenc
 from alps_repro.errors import UserError
 from alps_repro.experiments import TABLES
 from alps_repro.recipe import Profile
+from alps_repro.records import load_record
 
 # The interval.
 
@@ -325,3 +326,16 @@ def test_files(tmp_path: Path) -> None:
     assert "nan" not in shown.lower()
     assert "<NA>" not in shown
     assert len(list(itertools.takewhile(lambda line: line.startswith("|"), shown.splitlines()))) == len(table) + 2
+
+
+def test_questions_of_a_group_count_alike(tmp_path: Path) -> None:
+    profile = small_profile(tmp_path)
+    measure(profile, right_answers(shares()), ["table1"])
+    (path,) = list((tmp_path / "records").glob("evaluate-*alps*"))[:1]
+    record = load_record(path)
+    subjects = {"mmlu_b": {"correct": "11"}, "mmlu_a": {"correct": "01"}, "mmlu_dev": {"correct": "0"}}
+    record.result["per_question"] = subjects
+    record.config = record.config.model_copy(update={"tasks": ("mmlu", "mmlu_dev")})
+    assert claims.values(record, "mmlu", "accuracy").tolist() == [0, 100, 100, 100]
+    assert claims.values(record, "mmlu_dev", "accuracy").tolist() == [0]
+    assert claims.values(record, "arc_challenge", "accuracy") is None

@@ -222,6 +222,21 @@ def test_same_model_same_result_whatever_the_batch(loaded: tuple[Any, Any]) -> N
             assert row == {key: value for key, value in same.items() if key != "answer_loglikelihood"}
 
 
+def test_autocast_rounds_products_and_nothing_else(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+
+    def answers(autocast: str) -> np.ndarray:
+        found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=12, autocast=autocast, progress=False)
+        return np.array([row["answer_loglikelihood"] for row in found.samples["chain_sum"]])
+
+    exact, rounded = answers("none"), answers("bfloat16")
+    assert (exact != rounded).all()
+    np.testing.assert_allclose(rounded, exact, rtol=2**-7)  # bfloat16 has 8 bits
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    with pytest.raises(UserError, match="There is no autocast 'fp16': did you mean 'float16'"):
+        evaluate(model, ["chain_sum"], tokenizer=tokenizer, autocast="fp16")
+
+
 def test_another_model_is_not_given_the_old_answers(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     other, _ = load_model(tiny_checkpoint(tmp_path / "other", seed=1))

@@ -308,3 +308,10 @@ def test_reported_rows_are_read_as_text() -> None:
     """A ratio such as 100 is a row's name."""
     assert pd.api.types.is_string_dtype(paper.reported()["setting"])
     assert {"100", "0"} <= set(tables._reported("table3")["row"])
+
+
+def test_table_without_a_run_is_told_of() -> None:
+    quick = Profile.load("quick")
+    asked = Profile.check(**{**quick.model_dump(), "tables": {"table4": {}}})  # no family has a second data set
+    with pytest.raises(UserError, match="no run for table4"):
+        cells(asked, "table4")

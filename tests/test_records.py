@@ -554,3 +554,13 @@ def test_saved_record_reads_back_the_same(done: Chain, tmp_path: Path) -> None:
     record = load_record(done.path["evaluate"])
     again = copy.deepcopy(record)
     assert again.save(tmp_path).read_bytes() == done.path["evaluate"].read_bytes()
+
+
+def test_what_a_paired_test_is_told_of_the_paper_s_benchmarks() -> None:
+    programs = [{"doc_id": i, "filter": "create_test", "outcome": end} for i, end in enumerate(["passed", "timed out"])]
+    assert runs._per_question("humaneval", programs) == {"correct": "10"}
+    options = [{"doc_id": i, "filter": "none", "acc": right} for i, right in enumerate([0.0, 1.0])]
+    assert runs._per_question("mmlu_anatomy", options) == {"correct": "01"}
+    # IFEval's number is the mean of four: one of them would be another test.
+    levels = [{"doc_id": 0, "filter": "none", "prompt_level_strict_acc": True, "prompt_level_loose_acc": True}]
+    assert runs._per_question("ifeval", levels) == {}
