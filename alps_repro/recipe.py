@@ -62,8 +62,12 @@ class Settings(BaseModel):
 
     @property
     def digest(self) -> str:
-        """First 10 hex digits of the SHA-256 of `dump`."""
-        return hashlib.sha256(json.dumps(self.dump(), sort_keys=True).encode()).hexdigest()[:10]
+        """First 10 hex digits of the SHA-256 of the settings that are not the defaults.
+
+        With the defaults in it, a setting that is added would rename every run there is.
+        """
+        asked = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _known_at(kind: type[Settings], place: Sequence[str | int]) -> set[str]:

@@ -154,6 +154,16 @@ def test_digest_changes_with_every_field(kind: type[Settings]) -> None:
     assert len(digests) == len(OTHER[kind]) + 1
 
 
+def test_setting_that_is_added_renames_no_run() -> None:
+    """A digest is of what differs from the defaults, and a new setting's default is what runs did before it."""
+
+    class Grown(RecallConfig):
+        added: str = "as before"
+
+    assert Grown(base="m", share=0.2).digest == RecallConfig(base="m", share=0.2).digest
+    assert Grown(base="m", share=0.2, added="otherwise").digest != RecallConfig(base="m", share=0.2).digest
+
+
 def test_digest_changes_with_what_lies_deep_within() -> None:
     """An evaluation of ALPS depends on the recipe of the full run that its localization came from."""
 
