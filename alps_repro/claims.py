@@ -6,7 +6,6 @@ both as drawn: other questions, and other seeds, would have given other numbers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,15 @@ from alps_repro.experiments import Cell, cells
 from alps_repro.recipe import Profile
 from alps_repro.records import Record, load_record, record_path, write_whole
 from alps_repro.tables import lower_is_better
+from alps_repro.timing import MEASURED, benchmark, seconds
 
 if TYPE_CHECKING:
     import pandas as pd
+
+COLUMNS = [
+    *["claim", "says", "measure", "unit", "test", "effect", "ci_low", "ci_high", "detectable", "seeds", "questions"],
+    "verdict",
+]
 
 #: What counts as nothing: an advantage that the interval excludes to be this large does not hold.
 MARGINS = {"accuracy": 1.0, "log_likelihood": 0.02, "loss": 0.01, "time": 0.02}
@@ -219,7 +224,7 @@ def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tupl
 def decided(profile: Profile) -> pd.DataFrame:
     """A row per claim and measure that the records say anything of.
 
-    Columns: claim, says, measure, unit, test, effect, ci_low, ci_high, detectable, seeds, questions, verdict. Where a
+    Columns: `COLUMNS`. Where a
     claim has several others, the row shows the one that it comes off worst against, and holds if it holds for all.
     Whether a step is cheaper stands beside Table 1, from a benchmark, whose rounds are no seeds.
     """
@@ -264,7 +269,7 @@ def decided(profile: Profile) -> pd.DataFrame:
         raise UserError(f"No claim can be tested yet: '{profile.results}' holds no pair of rows to compare.")
     if "table1" in profile.tables:
         rows += _time()
-    return pd.DataFrame(rows).astype({"seeds": "Int64", "questions": "Int64"})
+    return pd.DataFrame(rows)[COLUMNS].astype({"seeds": "Int64", "questions": "Int64"})
 
 
 def _time() -> list[dict[str, Any]]:
@@ -272,18 +277,16 @@ def _time() -> list[dict[str, Any]]:
     import pandas as pd
     from scipy.stats import sem, t
 
-    path = Path(__file__).parents[1] / "results" / "benchmarks" / "training.json"
-    if not path.exists():
+    if not MEASURED.exists():
         return []
-    rounds = json.loads(path.read_text())["rounds"]
+    rounds = benchmark()["rounds"]
     rows = []
     for claim, own, says in (
         ("trains_cheaper", "alps_all", "a step of alps takes less time than one of full fine-tuning, all else trained"),
         ("trains_cheaper_heads", "alps_heads", "a step of alps alone takes less time than one of full fine-tuning"),
     ):
-        pairs = zip(rounds[own], rounds["full_answer_only"])
-        saved = np.array([[1 - np.median(a["seconds"]) / np.median(b["seconds"])] for a, b in pairs])
-        mean, error = float(saved.mean()), float(sem(saved[:, 0]))
+        saved = 1 - seconds(rounds[own]) / seconds(rounds["full_answer_only"])
+        mean, error = float(saved.mean()), float(sem(saved))
         reach = float(t.ppf(0.975, len(saved) - 1))
         power = float(t.ppf(0.8, len(saved) - 1))
         found = Effect(mean, mean - reach * error, mean + reach * error, (reach + power) * error)
@@ -327,12 +330,19 @@ def to_read(claims: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_claims(profile: Profile) -> list[Path]:
-    """Make `claims.csv` and `claims.md` of a profile's results folder; returns their paths."""
-    claims, folder = decided(profile), Path(profile.results)
-    texts = {
-        "claims.csv": claims.to_csv(index=False, lineterminator="\n"),
-        "claims.md": to_read(claims).to_markdown(index=False, disable_numparse=True) + "\n",
-    }
+    """Make `claims.csv` and `claims.md` of a profile's results folder; returns their paths.
+
+    Where no claim can be tested, they say so: the profile's other tables are no worse for it.
+    """
+    folder = Path(profile.results)
+    try:
+        claims = decided(profile)
+        texts = {
+            "claims.csv": claims.to_csv(index=False, lineterminator="\n"),
+            "claims.md": to_read(claims).to_markdown(index=False, disable_numparse=True) + "\n",
+        }
+    except UserError as reason:
+        texts = {"claims.csv": ",".join(COLUMNS) + "\n", "claims.md": f"{reason}\n"}
     for name, text in texts.items():
         write_whole(folder / name, text)
     return [folder / name for name in texts]

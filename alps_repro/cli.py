@@ -171,7 +171,7 @@ def table(
     tables: Annotated[list[str] | None, typer.Argument(help="Which of the profile's tables; all by default.")] = None,
 ) -> None:
     """Make tables from records: a folder's summary, or a profile's tables of the paper."""
-    from alps_repro.tables import write_paper_table, write_summary
+    from alps_repro.tables import of_profile, write_paper_table, write_summary
 
     if tables is None and (Path(of) / "records").is_dir():
         made = [write_summary(of)[1]]
@@ -179,7 +179,7 @@ def table(
         from alps_repro.recipe import Profile
 
         profile = Profile.load(of)
-        made = [write_paper_table(profile, name) for name in tables or profile.tables]
+        made = [write_paper_table(profile, name) for name in tables or of_profile(profile)]
     for paths in made:
         console.print(paths[1].read_text(), soft_wrap=True, markup=False)
         for path in paths:

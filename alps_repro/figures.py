@@ -228,26 +228,32 @@ def embeddings(profile: Profile) -> Figure:
 class PaperFigure:
     """title: one line. table: the table of the profile that it needs. draw: from a profile's records.
 
-    embeds: whether it needs the embeddings of the profile's data sets, too.
+    row: of that table, which it is about. embeds: whether it needs the embeddings of the profile's data sets, too.
     """
 
     title: str
     table: str
     draw: Callable[[Profile], Figure]
+    row: str | None = None
     embeds: bool = False
 
 
 FIGURES: dict[str, PaperFigure] = {
     "figure4": PaperFigure("Score against the share of heads", "table3", ratios),
-    "figure5": PaperFigure("Which heads are selected (the paper's Figures 5 and 8)", "table1", selected_heads),
+    "figure5": PaperFigure("Which heads are selected (the paper's Figures 5 and 8)", "table1", selected_heads, "alps"),
     "figure6": PaperFigure("Heads carried over to another data set", "table4", transfer),
     "figure7": PaperFigure("Where the base model puts the data sets' questions", "table4", embeddings, embeds=True),
 }
 
 
 def of_profile(profile: Profile) -> list[str]:
-    """The names of the figures whose tables a profile has."""
-    return [name for name, figure in FIGURES.items() if figure.table in profile.tables]
+    """The names of the figures whose tables, and rows in them, a profile has."""
+    return [
+        name
+        for name, figure in FIGURES.items()
+        if figure.table in profile.tables
+        and (figure.row is None or any(cell.row == figure.row for cell in cells(profile, figure.table)))
+    ]
 
 
 def write_figure(profile: Profile, name: str) -> list[Path]:

@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
-from alps_repro import claims, figures, tables
+from alps_repro import claims, figures, tables, timing
 from alps_repro.checkpoints import EMBEDDED
 from alps_repro.cite import listed, number_text, package_bibtex, paper_bibtex, what_was_run
 from alps_repro.errors import UserError, explained
@@ -106,6 +106,7 @@ class _Report:
             "index",
             title=f"ALPS reproduced: {self.name}",
             tables=shown,
+            times=self._times(),
             claims=self._claims(),
             figures=self._figures(),
             notebooks=_grouped(notebooks),
@@ -299,6 +300,22 @@ class _Report:
             "against_full": _number(entry["against_full"], f"+.{tables.digits(column)}f"),
             "reported": _number(entry["reported"], f".{tables.digits(column)}f"),
             "links": list(dict.fromkeys(links)),  # what trains nothing stands for every seed
+        }
+
+    def _times(self) -> dict[str, Any] | None:
+        """Table 11, which is of the benchmark, not of runs."""
+        if "table11" not in tables.of_profile(self.profile):
+            return None
+        found = timing.training_time()
+        (self.folder / "tables").mkdir(exist_ok=True)
+        (self.folder / "tables" / "table11.csv").write_text(found.to_csv(index=False, lineterminator="\n"))
+        read = timing.to_read(found)
+        return {
+            "title": timing.TITLE,
+            "note": timing.note(found),
+            "columns": list(read.columns),
+            "rows": read.to_numpy().tolist(),
+            "commit": (timing.benchmark()["provenance"]["commit"] or "none")[:8],
         }
 
     # Runs
@@ -698,6 +715,22 @@ Missing: {{ table.missing }}.</p>
 {% endif %}
 </section>
 {% endfor %}
+{% if times %}
+<section>
+<h3 id="table11">table11: {{ times.title }}</h3>
+<div class="box"><table>
+<thead><tr>{% for column in times.columns %}<th{% if not loop.first %} class="number"{% endif %}>{{ column }}</th>
+{% endfor %}</tr></thead>
+<tbody>
+{% for row in times.rows %}
+<tr>{% for cell in row %}{% if loop.first %}<th>{{ cell }}</th>{% else %}<td class="number">{{ cell }}</td>{% endif %}
+{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+<p>{{ times.note }} Measured by <code>make bench</code> at commit {{ times.commit }};
+<a href="tables/table11.csv">CSV</a>.</p>
+</section>
+{% endif %}
 
 <h2 id="figures">Figures</h2>
 {% for figure in figures %}

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alps_repro.errors import UserError
+from alps_repro import timing
+from alps_repro.errors import UserError, one_of
 from alps_repro.evaluation import KNOWLEDGE
 from alps_repro.experiments import TABLES, Cell, cells
 from alps_repro.methods import METHODS
@@ -336,8 +337,24 @@ def spread_note(table: pd.DataFrame) -> str:
     return f"± is half the width of the 95 % interval over {'; or over '.join(parts[name] for name in found)}.{told}"
 
 
+def of_profile(profile: Profile) -> list[str]:
+    """The names of a profile's tables: those of its runs, and the time of Table 1's methods where it was measured."""
+    timed = "table1" in profile.tables and timing.MEASURED.exists()
+    return [*profile.tables, *(["table11"] if timed else [])]
+
+
 def write_paper_table(profile: Profile, table: str) -> list[Path]:
-    """Make `tables/TABLE.csv`, .md and .tex of a profile from its records; returns their paths."""
+    """Make `tables/TABLE.csv`, .md and .tex of a profile from its records; returns their paths.
+
+    Table 11 is made from the benchmark of training steps, beside which nothing else ran.
+    """
+    one_of("table of this profile", table, of_profile(profile))
+    if table == "table11":
+        times = timing.training_time()
+        shown, note = timing.to_read(times), timing.note(times)
+        markdown = f"**{timing.TITLE}.** {note}\n\n{shown.to_markdown(index=False, disable_numparse=True)}"
+        tex = f"% {note}\n" + shown.to_latex(index=False, escape=True)
+        return _write(Path(profile.results) / "tables", table, times, markdown, tex)
     long = paper_table(profile, table)
     shown = paper_layout(long)
     note = spread_note(long)

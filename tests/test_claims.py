@@ -307,6 +307,9 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     measure(profile, shares(), only=lambda cell: cell.row == "alps")
     with pytest.raises(UserError, match="holds no pair of rows to compare"):
         decided(profile)
+    table, words = claims.write_claims(profile)
+    assert table.read_text() == ",".join(claims.COLUMNS) + "\n"
+    assert "holds no pair of rows to compare" in words.read_text()
 
 
 def test_files(tmp_path: Path) -> None:

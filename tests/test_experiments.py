@@ -284,7 +284,7 @@ def test_workflow_runs_every_evaluation_of_the_paper_once(tmp_path: Path) -> Non
     profile = Profile.load("paper")
     counts = jobs(dry_run(tmp_path, ROOT / "profiles" / "paper.yaml"))
     assert counts["evaluate"] == len(evaluations(profile))
-    assert counts["table"] == len(profile.tables)
+    assert counts["table"] == len(tables.of_profile(profile))
     assert counts["figure"] == 4
     localized = {
         cell.config.model.localization.name
