@@ -166,8 +166,10 @@ def _search(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     family = next(iter(profile.families))
     for entry in profile.search:
         for rate in entry.learning_rates:
-            run = profile.run(method=entry.method, scope=entry.scope, learning_rate=rate, seed=profile.search_seed)
-            row = f"{entry.method}/{entry.scope}/{rate:g}"
+            given = {"method": entry.method, "scope": entry.scope, "ratio": entry.ratio, "seed": profile.search_seed}
+            run = profile.run(**given, learning_rate=rate)
+            at = "" if entry.ratio is None else f"@{entry.ratio:g}"
+            row = f"{entry.method}{at}/{entry.scope}/{rate:g}"
             yield _cell(profile, row, family, run, split="validation", limit=profile.search_limit)
 
 

@@ -339,6 +339,7 @@ class Search(Settings):
     method: str
     scope: str
     learning_rates: tuple[float, ...]
+    ratio: float | None = Field(None, description="where it is not the profile's")
 
 
 class Profile(Settings):
@@ -365,7 +366,8 @@ class Profile(Settings):
     choice_seed: int = Field(1000, description="of random choices of heads, plus the training seed")
     recipe: Recipe = Recipe()
     recipes: dict[str, dict[str, dict[str, Any]]] = Field(
-        default_factory=dict, description="{scope: {method or default: what its recipe has of its own}}"
+        default_factory=dict,
+        description="{scope: {default, a method, or method@ratio: what the recipe has of its own}}, in this order",
     )
     candidates: tuple[str, ...] = Field((), description="offline data sets that the families were chosen from")
     search: tuple[Search, ...] = ()
@@ -398,8 +400,11 @@ class Profile(Settings):
         for metric in (self.metric, *self.metrics):
             check_metric(metric, self.head_matrix, self.tau if metric == self.metric else 1.0, "position")
         for own in self.recipes.values():
-            for method, settings in own.items():
+            for name, settings in own.items():
+                method, at, ratio = name.partition("@")
                 one_of("method", method, ("default", *METHODS))
+                if at:
+                    check_ratio(float(ratio))
                 Recipe.check(**{**self.recipe.model_dump(), **settings})
         for name in self.candidates:
             one_of("offline data set", name, OFFLINE)
@@ -474,7 +479,8 @@ class Profile(Settings):
         own = self.recipes.get(run.scope, {})
         asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps}
         asked = {name: value for name, value in asked.items() if value is not None}
-        recipe = {**self.recipe.model_dump(), **own.get("default", {}), **own.get(run.method, {}), **asked}
+        places = ("default", run.method, f"{run.method}@{run.ratio:g}")
+        recipe = self.recipe.model_dump() | {k: v for place in places for k, v in own.get(place, {}).items()} | asked
         if run.data_share < 1 and recipe["max_steps"]:
             # As many passes over the data as before; an offline data set is as long as its steps need it.
             recipe["max_steps"] = math.ceil(recipe["max_steps"] * run.data_share)
