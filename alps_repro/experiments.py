@@ -156,7 +156,9 @@ def _every_benchmark(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
 def _choice(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     for dataset in profile.candidates:
         asked = {"split": "validation", "limit": profile.search_limit}
-        given = {"dataset": dataset, "seed": profile.search_seed}
+        # Data sets are chosen before rates are searched: by the recipe's own.
+        rate = profile.recipe.learning_rate
+        given = {"dataset": dataset, "seed": profile.search_seed, "learning_rate": rate}
         for method in ("vanilla", "full"):
             run = profile.run(method=method, scope="all", **given)
             yield _cell(profile, method, profile.family(dataset) or "rejected", run, tasks=(dataset,), **asked)
