@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
     from alps_repro.scores import HeadScores, localize
     from alps_repro.training import Finetuned, finetune
-    from alps_repro.tuner import AlpsConfig
+    from alps_repro.tuner import AlpsConfig, JolaConfig, LofitConfig
 
 _WHERE = {
     "AlpsConfig": "tuner",
@@ -27,6 +27,8 @@ _WHERE = {
     "HeadLayout": "heads",
     "HeadScores": "scores",
     "HeadSelection": "heads",
+    "JolaConfig": "tuner",
+    "LofitConfig": "tuner",
     "Profile": "recipe",
     "Recipe": "recipe",
     "UserError": "errors",

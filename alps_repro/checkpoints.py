@@ -335,7 +335,7 @@ def open_attention(source: Any) -> Iterator[Attention]:
 
 
 def _from_model(model: Any) -> Attention:
-    from alps_repro.tuner.layer import dense_weight
+    from alps_repro.tuner.base import dense_weight
 
     layout = HeadLayout.of(model)
     modules = {

@@ -28,7 +28,7 @@ from alps_repro.checkpoints import (
     resolve,
 )
 from alps_repro.tuner import ROWS, AlpsConfig
-from alps_repro.tuner.layer import dense_weight
+from alps_repro.tuner.base import dense_weight
 
 #: A projection in the middle of the tiny Llama.
 KEY = "model.layers.1.self_attn.k_proj.weight"

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from alps_repro import HeadLayout, HeadSelection, load_model
 from alps_repro.errors import UserError
 from alps_repro.tuner import AlpsConfig, AlpsLayer
-from alps_repro.tuner.layer import dense_weight
+from alps_repro.tuner.base import dense_weight
 
 #: In GQA the first two heads of layer 0 share a key/value group.
 HEADS = ((0, 0), (0, 1), (1, 3))
@@ -126,7 +126,7 @@ def assert_only_rows_changed(before: dict, after: dict, masks: dict[str, torch.T
 def test_registration() -> None:
     """peft knows the tuner by name.
 
-    If this fails after an upgrade of peft: `alps_repro/tuner/config.py::_add_peft_type` adds a member to peft's enum
+    If this fails after an upgrade of peft: `alps_repro/tuner/base.py::add_peft_type` adds a member to peft's enum
     `PeftType`, which peft offers no way to do, and `alps_repro/tuner/__init__.py` calls `register_peft_method`.
     Compare both with the new `peft/utils/peft_types.py`. If peft can register new names by itself by then, use that
     and delete `_add_peft_type`; if not, pin peft to the last version that passes.
@@ -268,7 +268,8 @@ def test_layer_gradcheck(kind: str, shape: tuple[int, ...]) -> None:
     base = (Conv1D(6, 5) if kind == "conv1d" else nn.Linear(5, 6, bias=kind == "bias")).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     plain = base(x)
-    layer = AlpsLayer(base, "default", torch.tensor([1, 2, 5]))
+    layer = AlpsLayer(base, "default")
+    layer.update_layer("default", torch.tensor([1, 2, 5]))
     assert torch.equal(layer(x), plain)
     own = {name: p for name, p in layer.named_parameters() if name.startswith("alps_")}
     assert len(own) == (1 if kind == "no bias" else 2)
@@ -554,8 +555,8 @@ def test_heads_are_sorted_and_counted_once() -> None:
 
 
 def test_unknown_projection_is_refused() -> None:
-    with pytest.raises(UserError, match="type Embedding cannot be trained by rows"):
-        AlpsLayer(nn.Embedding(4, 4), "default", torch.tensor([0]))
+    with pytest.raises(UserError, match="type Embedding cannot be trained by heads"):
+        AlpsLayer(nn.Embedding(4, 4), "default")
 
 
 # Quantized bases.

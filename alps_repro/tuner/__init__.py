@@ -1,11 +1,32 @@
-"""Selected attention heads as a PEFT tuner; importing this module registers it with `peft`."""
+"""Tuners of attention heads for PEFT; importing this module registers them with `peft`.
+
+`AlpsConfig` trains the weights of selected heads; `JolaConfig` and `LofitConfig` edit the results of heads.
+"""
 
 from peft.utils import register_peft_method
 
-from alps_repro.tuner.config import NAME, AlpsConfig
-from alps_repro.tuner.layer import ROWS, AlpsLayer
-from alps_repro.tuner.model import AlpsModel, fingerprint
+from alps_repro.tuner import jola, lofit, rows
+from alps_repro.tuner.base import add_peft_type, fingerprint
+from alps_repro.tuner.jola import JolaConfig, JolaModel
+from alps_repro.tuner.lofit import LofitConfig, LofitModel
+from alps_repro.tuner.rows import ROWS, AlpsConfig, AlpsLayer, AlpsModel
 
-register_peft_method(name=NAME.lower(), config_cls=AlpsConfig, model_cls=AlpsModel, prefix=AlpsModel.prefix)
+for name, config, model in (
+    (rows.NAME, AlpsConfig, AlpsModel),
+    (jola.NAME, JolaConfig, JolaModel),
+    (lofit.NAME, LofitConfig, LofitModel),
+):
+    add_peft_type(name)
+    register_peft_method(name=name.lower(), config_cls=config, model_cls=model, prefix=model.prefix)
 
-__all__ = ["ROWS", "AlpsConfig", "AlpsLayer", "AlpsModel", "fingerprint"]
+__all__ = [
+    "ROWS",
+    "AlpsConfig",
+    "AlpsLayer",
+    "AlpsModel",
+    "JolaConfig",
+    "JolaModel",
+    "LofitConfig",
+    "LofitModel",
+    "fingerprint",
+]

@@ -1,30 +1,49 @@
-"""A projection some of whose rows are trained in place of the base's."""
+"""Selected head rows as a PEFT tuner: the rows are trained in place of the base's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from alps_repro.errors import UserError
+from alps_repro.heads import HeadLayout, HeadSelection
+from alps_repro.tuner.base import HeadLayer, HeadTuner, add_peft_type, checked_heads, dense_weight, in_int8
+
+#: The name under which peft knows the tuner.
+NAME = "ALPS"
 
 #: Names under which the trained rows (rows, inputs) and biases (rows,) are stored.
 ROWS = "alps_rows"
 BIAS = "alps_bias"
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a projection as a float matrix (outputs, inputs): dequantized, or as it is (a view)."""
-    weight = module.weight
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        weight = dequantize_bnb_weight(weight, getattr(module, "state", None))
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+@dataclass
+class AlpsConfig(PeftConfig):
+    """Train only the rows of the selected heads.
+
+    heads: (layer, head) pairs counted from 0, or a `HeadSelection`. Their query rows and the key and value rows of
+        the groups they read are trained, biases of those rows included.
+    fingerprint: of the base model (see `alps_repro.tuner.base.fingerprint`); filled in when the adapter is made, and
+        checked when it is loaded.
+    target_modules: the projections that hold those rows; filled in from the model, as for other tuners.
+    """
+
+    heads: Iterable[tuple[int, int]] = field(default_factory=tuple)
+    fingerprint: dict[str, Any] | None = None
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        self.heads = checked_heads(self)
 
 
 def _replaced(weight: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -64,8 +83,8 @@ class _ReplacedRows(torch.autograd.Function):
         return grad_x, None, None, None, grad_rows, grad_bias, None
 
 
-class AlpsLayer(nn.Module, BaseTunerLayer):
-    """Wraps a projection: `torch.nn.Linear`, GPT-2's `Conv1D`, or bitsandbytes' `Linear4bit` / `Linear8bitLt`.
+class AlpsLayer(HeadLayer):
+    """A projection some of whose rows are trained in place of the base's.
 
     The trained rows are weights, not differences: they start as the base's own and take its rows' place.
     """
@@ -73,17 +92,11 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = (ROWS, BIAS)
     other_param_names = ("row_index",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, rows: torch.Tensor) -> None:
-        super().__init__()
-        if not (isinstance(base_layer, (nn.Linear, Conv1D))):
-            raise UserError(f"A projection of type {type(base_layer).__name__} cannot be trained by rows.")
-        self.base_layer = base_layer
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
         self.row_index = BufferDict(persistent=False)
         self.alps_rows = nn.ParameterDict()
         self.alps_bias = nn.ParameterDict()
-        self._active_adapter = adapter_name
-        self.merged_adapters = []
-        self.update_layer(adapter_name, rows)
 
     def update_layer(self, adapter_name: str, rows: torch.Tensor) -> None:
         """Add an adapter that trains these rows (int64, sorted), starting as the base's own, in float32 at least."""
@@ -96,13 +109,9 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
             self.alps_bias[adapter_name] = nn.Parameter(self.base_layer.bias.detach()[rows].to(dtype))
         self.set_adapter(self.active_adapters)
 
-    @property
-    def _in_int8(self) -> bool:
-        return type(self.base_layer.weight).__name__ == "Int8Params"
-
     def own(self, adapters: list[str]) -> list[str]:
         """The adapters that train rows of this projection, which must not overlap when used together."""
-        own = [name for name in adapters if name in self.alps_rows]
+        own = super().own(adapters)
         rows = [r for name in own for r in self.row_index[name].tolist()] if len(own) > 1 else []
         if len(rows) != len(set(rows)):
             raise UserError(f"The adapters {', '.join(own)} train the same heads or groups: activate one at a time.")
@@ -120,11 +129,11 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self.disable_adapters or self.merged else self.own(self.active_adapters)
+        adapters = self.in_use
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         index, rows, row_bias = self._replacement(adapters)
-        if self._in_int8:
+        if in_int8(self.base_layer):
             # LLM.int8 multiplies in its own way (and differently in training), so its result is kept for all other
             # rows, and the selected ones are computed in floating point beside it.
             out = self.base_layer(x, *args, **kwargs)
@@ -143,7 +152,7 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
     def merged_weight(self) -> torch.Tensor:
         """The weight (outputs, inputs) that the active adapters amount to, dequantized, in the base's dtype."""
         weight = dense_weight(self.base_layer)
-        adapters = [] if self.disable_adapters or self.merged else self.own(self.active_adapters)
+        adapters = self.in_use
         if not adapters:
             return weight
         index, rows, _ = self._replacement(adapters)
@@ -158,33 +167,13 @@ class AlpsLayer(nn.Module, BaseTunerLayer):
         if row_bias is not None:
             dense.bias[index] = row_bias.to(dense.bias.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the rows into the base layer; `unmerge` brings the base's own back, bit by bit."""
-        adapters = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.alps_rows]
-        if not adapters:
-            return
-        if hasattr(self.base_layer.weight, "quant_state") or self._in_int8:
-            raise UserError(
-                "Rows cannot be merged into a quantized projection in place: use merge_and_unload(), which gives a "
-                "plain float model."
-            )
-        _, rows, _ = self._replacement(self.own(self.merged_adapters + adapters))
-        if safe_merge and not torch.isfinite(rows).all():
-            raise UserError(f"The adapter {adapters[0]} holds NaN or infinite weights and was not merged.")
-        if not self.merged_adapters:
-            base = self.base_layer
-            self._kept = (base.weight.detach().clone(), None if base.bias is None else base.bias.detach().clone())
-        self.write_into(self.base_layer, adapters)
-        self.merged_adapters.extend(adapters)
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Undo `merge`."""
-        if not self.merged:
-            return
-        weight, bias = self._kept
-        self.base_layer.weight.copy_(weight)
-        if bias is not None:
-            self.base_layer.bias.copy_(bias)
-        self.merged_adapters.clear()
-        del self._kept
+class AlpsModel(HeadTuner):
+    """The tuner that `get_peft_model` makes of an `AlpsConfig`."""
+
+    prefix = "alps_"
+    tuner_layer_cls = AlpsLayer
+
+    def targets(self, config: AlpsConfig, layout: HeadLayout) -> dict[str, torch.Tensor]:
+        rows = layout.selected_rows(HeadSelection(tuple(config.heads), layout))
+        return {path: torch.from_numpy(own) for path, own in rows.items()}

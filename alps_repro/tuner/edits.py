@@ -1,0 +1,126 @@
+"""What tuners have in common that edit the results of heads, and leave all weights as they are.
+
+A head's result z (head_dim numbers a token) becomes `scale · z + offset` before the output projection, whose layer
+does it: any attention, grouped or not, quantized or not, hands its heads' results to that projection in query head
+order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from alps_repro.errors import UserError
+from alps_repro.heads import HeadLayout, HeadSelection
+from alps_repro.tuner.base import HeadLayer, HeadTuner, dense_weight
+
+
+class EditLayer(HeadLayer):
+    """An output projection whose input is edited.
+
+    An adapter's tensors have the shape (edited heads of this layer, head_dim, or 1), and lie in dictionaries of the
+    names `adapter_layer_names`.
+    """
+
+    other_param_names = ("columns",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.width = dense_weight(base_layer).shape[1]
+        self.columns = BufferDict(persistent=False)  # of the projection's input, (edited heads, head_dim)
+        self.settings: dict[str, Any] = {}
+        for kind in self.adapter_layer_names:
+            setattr(self, kind, nn.ParameterDict())
+
+    def update_layer(self, adapter_name: str, target: tuple[Any, torch.Tensor]) -> None:
+        """Add an adapter: its configuration, and the columns (edited heads, head_dim) of its heads' results."""
+        config, columns = target
+        weight = dense_weight(self.base_layer)
+        self.settings[adapter_name] = config
+        self.columns[adapter_name] = columns.to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for kind, value in self.start(config, *columns.shape).items():
+            getattr(self, kind)[adapter_name] = nn.Parameter(value.to(weight.device, dtype))
+        self.set_adapter(self.active_adapters)
+
+    def start(self, config: Any, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+        """What an adapter's tensors are before training, drawn from torch's global generator."""
+        raise NotImplementedError
+
+    def edit(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and offset (edited heads, head_dim) of an adapter, None for one that it does not have."""
+        raise NotImplementedError
+
+    def _edits(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and offset of the projection's whole input under these adapters, one after the other."""
+        scale = offset = None
+        for name in adapters:
+            own_scale, own_offset = self.edit(name)
+            columns = self.columns[name].flatten()
+            if own_scale is not None:
+                whole = own_scale.new_ones(self.width).index_copy(0, columns, own_scale.flatten())
+                scale = whole if scale is None else scale * whole
+                offset = None if offset is None else offset * whole
+            if own_offset is not None:
+                whole = own_offset.new_zeros(self.width).index_copy(0, columns, own_offset.flatten())
+                offset = whole if offset is None else offset + whole
+        return scale, offset
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        scale, offset = self._edits(self.in_use)
+        edited = x
+        if scale is not None:
+            edited = edited * scale
+        if offset is not None:
+            edited = edited + offset
+        return self.base_layer(edited.to(x.dtype), *args, **kwargs)
+
+    @torch.no_grad()
+    def write_into(self, dense: nn.Module, adapters: list[str]) -> None:
+        """Fold scales into the weight's columns, and offsets into the bias."""
+        scale, offset = self._edits(self.own(adapters))
+        weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if offset is not None:
+            dense.bias += (exact @ offset.to(exact)).to(dense.bias.dtype)
+        if scale is not None:
+            weight.copy_(exact * scale.to(exact))
+
+
+class EditTuner(HeadTuner):
+    """A tuner whose layers are `EditLayer`s around the output projections."""
+
+    tuner_layer_cls: type[EditLayer]
+
+    def targets(self, config: Any, layout: HeadLayout) -> dict[str, tuple[Any, torch.Tensor]]:
+        heads = HeadSelection.all(layout) if config.heads is None else HeadSelection(tuple(config.heads), layout)
+        found: dict[str, list[torch.Tensor]] = {}
+        for layer, head in heads:
+            columns = torch.arange(head * layout.head_dim, (head + 1) * layout.head_dim)
+            found.setdefault(layout.output_module(layer), []).append(columns)
+        return {path: (config, torch.stack(columns)) for path, columns in found.items()}
+
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise `UserError` where an offset has no bias to be folded into: saving the model would lose it."""
+        super().check_merge(adapter_names)
+        for name, layer in self._layers().items():
+            _, offset = layer._edits(layer.own(adapter_names or layer.active_adapters))
+            if offset is not None and layer.base_layer.bias is None:
+                raise UserError(
+                    f"The adapter adds an offset to what enters '{name}', which has no bias to fold it into in this "
+                    "architecture: keep the adapter beside its base (save_pretrained), or train scales alone."
+                )
+
+    def penalty(self, *args: float) -> torch.Tensor:
+        """What the active adapters add to the training loss; see their configuration."""
+        raise NotImplementedError
+
+    def layers(self) -> list[EditLayer]:
+        """The layers that hold an active adapter, in the order of the model's."""
+        return [layer for layer in self._layers().values() if layer.own(self.active_adapters)]

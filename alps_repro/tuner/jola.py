@@ -1,0 +1,153 @@
+"""JoLA (arXiv 2502.01179) as a PEFT tuner: a scale and an offset for every head, behind gates that are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+
+from alps_repro.errors import one_of
+from alps_repro.tuner.base import add_peft_type, checked_heads
+from alps_repro.tuner.edits import EditLayer, EditTuner
+
+#: The name under which peft knows the tuner.
+NAME = "JOLA"
+
+SCALE, OFFSET = "jola_scale", "jola_offset"
+SCALE_GATE, OFFSET_GATE = "jola_scale_gate", "jola_offset_gate"
+
+#: Of the hard-concrete gates: temperature, and the ends that a gate is stretched to before it is cut at 0 and 1.
+BETA, GAMMA, ZETA, EPSILON = 0.33, -0.1, 1.1, 1e-6
+
+EDITS = ("both", "multiplicative", "additive")
+SCHEDULES = ("exponential", "linear", "cyclic", "performance")
+
+#: Steps of a cycle of the cyclic schedule.
+PERIOD = 20
+
+
+@dataclass
+class JolaConfig(PeftConfig):
+    """z ← (1 + g_m · m) ⊙ z + g_a · a, for every head.
+
+    edits: both of them, or the `multiplicative` (m) or `additive` (a) one alone. gated: whether g_m and g_a are learned
+        hard-concrete gates, or 1.
+    schedule: how the weight λ of the additive gates' penalty moves with the optimizer steps (`gate_weight`); that of
+        the multiplicative ones is 1 - λ.
+    heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
+    init_std: standard deviation of what m and a start from.
+    fingerprint, target_modules: as of `AlpsConfig`.
+    """
+
+    edits: Literal["both", "multiplicative", "additive"] = "both"
+    gated: bool = True
+    schedule: Literal["exponential", "linear", "cyclic", "performance"] = "exponential"
+    heads: Iterable[tuple[int, int]] | None = None
+    init_std: float = 1e-3
+    fingerprint: dict[str, Any] | None = None
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type(NAME)
+        one_of("edit of JoLA", self.edits, EDITS)
+        one_of("schedule of JoLA", self.schedule, SCHEDULES)
+        self.heads = None if self.heads is None else checked_heads(self)
+
+
+def gate_weight(schedule: str, step: int, steps: int, worse: int = 0) -> float:
+    """λ of the penalty after so many optimizer steps of `steps`.
+
+    `exponential`: 0.1 · exp(-0.01 t). `linear`: from 0 to 0.2. `cyclic`: between 0 and 0.2 and back within 20 steps, as
+    a triangle. `performance`: 0.1, and 0.01 more for each validation that was worse than the one before it, less for
+    each that was better (`worse`: the former less the latter), within 0 and 1.
+    """
+    if schedule == "exponential":
+        return 0.1 * math.exp(-0.01 * step)
+    if schedule == "linear":
+        return 0.2 * min(1.0, step / max(1, steps))
+    if schedule == "cyclic":
+        return 0.2 * (1 - abs(2 * (step % PERIOD) / PERIOD - 1))
+    return min(1.0, max(0.0, 0.1 + 0.01 * worse))
+
+
+def gate(log_alpha: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
+    """A hard-concrete gate, between 0 and 1: drawn by uniform numbers of the same shape, or as it is in evaluation.
+
+    In evaluation it is σ(log α), stretched and cut, without the temperature; below log α = -2.40 it is closed.
+    """
+    if uniform is None:
+        opened = torch.sigmoid(log_alpha)
+    else:
+        opened = torch.sigmoid((torch.logit(uniform, eps=EPSILON) + log_alpha) / BETA)
+    return ((ZETA - GAMMA) * opened + GAMMA).clamp(0, 1)
+
+
+def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
+    """The probability that a drawn gate is not 0, which is what the penalty counts."""
+    return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
+
+
+class JolaLayer(EditLayer):
+    """An output projection whose input is scaled and moved, head by head, as far as the heads' gates are open."""
+
+    adapter_layer_names = (SCALE, OFFSET, SCALE_GATE, OFFSET_GATE)
+
+    def start(self, config: JolaConfig, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
+        edited = {"both": (SCALE, OFFSET), "multiplicative": (SCALE,), "additive": (OFFSET,)}[config.edits]
+        found = {kind: config.init_std * torch.randn(heads, head_dim) for kind in edited}
+        if config.gated:
+            for kind in edited:
+                gates = torch.nn.init.xavier_uniform_(torch.empty(heads, 1))
+                found[SCALE_GATE if kind == SCALE else OFFSET_GATE] = gates
+        return found
+
+    def _gate(self, kind: str, adapter: str) -> torch.Tensor | float:
+        gates = getattr(self, kind)
+        if adapter not in gates:
+            return 1.0
+        return gate(gates[adapter], torch.rand_like(gates[adapter]) if self.training else None)
+
+    def edit(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        scale = offset = None
+        if adapter in self.jola_scale:
+            scale = 1 + self._gate(SCALE_GATE, adapter) * self.jola_scale[adapter]
+        if adapter in self.jola_offset:
+            offset = self._gate(OFFSET_GATE, adapter) * self.jola_offset[adapter]
+        return scale, offset
+
+
+class JolaModel(EditTuner):
+    """The tuner that `get_peft_model` makes of a `JolaConfig`."""
+
+    prefix = "jola_"
+    tuner_layer_cls = JolaLayer
+
+    def penalty(self, weight: float) -> torch.Tensor:
+        """`λ · Σ_l mean_h p(g_a) / (L · H) + (1 - λ) · Σ_l mean_h p(g_m) / (L · H)`; 0 without gates.
+
+        L · H is taken as the number of all edited heads, p is `open_probability`.
+        """
+        parts, heads = [], 0
+        for layer in self.layers():
+            for name in layer.own(self.active_adapters):
+                heads += len(layer.columns[name])
+                for gates, share in ((layer.jola_offset_gate, weight), (layer.jola_scale_gate, 1 - weight)):
+                    if name in gates:
+                        parts.append(share * open_probability(gates[name]).mean())
+        return torch.stack(parts).sum() / heads if parts else torch.zeros(())
+
+    @torch.no_grad()
+    def closed_gates(self) -> dict[str, tuple[int, int]]:
+        """How many gates are closed in evaluation, and how many there are: {`scale` and `offset`: (closed, all)}."""
+        found = {}
+        for kind, name in (("scale", SCALE_GATE), ("offset", OFFSET_GATE)):
+            gates = [getattr(layer, name)[adapter] for layer in self.layers() for adapter in getattr(layer, name)]
+            if gates:
+                closed = sum(int((gate(own) == 0).sum()) for own in gates)
+                found[kind] = (closed, sum(own.numel() for own in gates))
+        return found
