@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from alps_repro.adapters import dora_magnitudes, lora_weights
 from alps_repro.errors import UserError
-from alps_repro.heads import PARTS, HeadLayout, HeadSelection
+from alps_repro.heads import HeadLayout, HeadSelection
 from alps_repro.scores import HeadScores
 
 Select = Callable[[HeadLayout, float, "HeadScores | None", int], "HeadSelection | None"]
@@ -26,20 +27,22 @@ LORA_RANK = 128
 class Method:
     """about: one line for tables and help. select: (layout, ratio, scores, choice seed) -> heads, or None for none.
 
-    rank: (layout, ratio, scores) -> rank, for methods that train LoRA on q, k and v in place of rows.
+    adapter: of `ADAPTERS`, how the heads are trained in scope `heads`; other than `rows`, the only scope there is.
+    rank: (layout, ratio, scores) -> rank, for adapters of all projections, in place of heads.
     uses_scores: whether a localization has to come first; metric: the (metric, head matrix) of that localization where
     it is not the run's. uses_ratio: whether the ratio changes anything. draws: whether the choice seed does.
-    control: not in the paper.
+    source: `paper`; `control`: what the paper lacks; or the other system that it is, or takes its heads from.
     """
 
     about: str
     select: Select | None = None
+    adapter: str = "rows"
     rank: Rank | None = None
     uses_scores: bool = False
     metric: tuple[str, str] | None = None
     uses_ratio: bool = True
     draws: bool = False
-    control: bool = False
+    source: str = "paper"
 
 
 def _top(layout: HeadLayout, ratio: float, scores: HeadScores | None, seed: int = 0) -> HeadSelection:
@@ -59,17 +62,6 @@ def row_weights(heads: HeadSelection) -> int:
     return sum(map(len, layout.selected_rows(heads).values())) * layout.hidden_size
 
 
-def lora_weights(layout: HeadLayout) -> int:
-    """Weights of LoRA of rank 1 on all query, key and value projections."""
-    total = 0
-    for layer in range(layout.layers):
-        outputs = {
-            layout.module(layer, part): layout.projection_rows(part) for part in PARTS
-        }  # a fused one counts once
-        total += sum(layout.hidden_size + rows for rows in outputs.values())
-    return total
-
-
 def _random_matched(layout: HeadLayout, ratio: float, scores: HeadScores | None, seed: int) -> HeadSelection:
     """Heads in a drawn order, each taken unless it would lead over the weights that `alps` trains."""
     left = row_weights(_top(layout, ratio, scores))
@@ -87,13 +79,17 @@ def _random_matched(layout: HeadLayout, ratio: float, scores: HeadScores | None,
     return HeadSelection(tuple(chosen), layout)
 
 
-def _lora_matched(layout: HeadLayout, ratio: float, scores: HeadScores | None) -> int:
-    """The rank whose weights come nearest to those that `alps` trains."""
-    return max(1, round(row_weights(_top(layout, ratio, scores)) / lora_weights(layout)))
+def _matched(layout: HeadLayout, ratio: float, scores: HeadScores | None, besides: int = 0) -> int:
+    """The rank whose weights, and those `besides`, come nearest to those that `alps` trains."""
+    return max(1, round((row_weights(_top(layout, ratio, scores)) - besides) / lora_weights(layout)))
+
+
+def _every(layout: HeadLayout, ratio: float, scores: HeadScores | None, seed: int) -> HeadSelection:
+    return HeadSelection.all(layout)
 
 
 METHODS: dict[str, Method] = {
-    "full": Method("all heads", lambda layout, ratio, scores, seed: HeadSelection.all(layout), uses_ratio=False),
+    "full": Method("all heads", _every, uses_ratio=False),
     "no_attn": Method("no head (the paper's w/o attn)", lambda layout, ratio, scores, seed: None, uses_ratio=False),
     "random": Method(
         "heads drawn from the whole model",
@@ -106,27 +102,94 @@ METHODS: dict[str, Method] = {
         draws=True,
     ),
     "lora": Method(
-        f"LoRA of rank {LORA_RANK} on q, k and v", rank=lambda layout, ratio, scores: LORA_RANK, uses_ratio=False
+        f"LoRA of rank {LORA_RANK} on q, k and v",
+        adapter="lora",
+        rank=lambda layout, ratio, scores: LORA_RANK,
+        uses_ratio=False,
     ),
     "alps": Method("the heads that moved most in the task model", _top, uses_scores=True),
     "bottom": Method(
         "the heads that moved least",
         lambda layout, ratio, scores, seed: _checked(layout, scores).bottom(ratio),
         uses_scores=True,
-        control=True,
+        source="control",
     ),
     "l2": Method(
         "the heads whose weights moved most, by their plain norm",
         _top,
         uses_scores=True,
         metric=("l2", "concat"),
-        control=True,
+        source="control",
     ),
     "random_matched": Method(
-        "drawn heads with as many weights as alps trains", _random_matched, uses_scores=True, draws=True, control=True
+        "drawn heads with as many weights as alps trains",
+        _random_matched,
+        uses_scores=True,
+        draws=True,
+        source="control",
     ),
     "lora_matched": Method(
-        "LoRA on q, k and v with as many weights as alps trains", rank=_lora_matched, uses_scores=True, control=True
+        "LoRA on q, k and v with as many weights as alps trains",
+        adapter="lora",
+        rank=_matched,
+        uses_scores=True,
+        source="control",
+    ),
+}
+
+# Other systems (docs/systems.md): where the heads come from, and what of them is trained, are an axis each.
+
+_SELECTORS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
+    "alps": ("that moved most in the task model", "ALPS", None),
+    "lofit": ("whose learned scales are largest", "LoFiT", ("scale_norm", "result")),
+    "hifi": ("of the richest and most correlated results", "HiFi", ("hifi", "result")),
+    "importance": ("whose loss hurts the task model most (Eq. 3)", "Eq. 3", ("importance", "result")),
+}
+
+METHODS |= {
+    name: Method(f"the heads {about}", _top, uses_scores=True, metric=metric, source=source)
+    for name, (about, source, metric) in _SELECTORS.items()
+    if name != "alps"
+}
+METHODS |= {
+    f"{name}_offset": Method(
+        f"an offset for each of the heads {about}",
+        _top,
+        "offsets",
+        uses_scores=True,
+        metric=metric,
+        source="LoFiT" if name == "lofit" else f"{source} + LoFiT",
+    )
+    for name, (about, source, metric) in _SELECTORS.items()
+}
+METHODS |= {
+    "random_offset": Method(
+        "an offset for each of drawn heads", METHODS["random"].select, "offsets", draws=True, source="LoFiT"
+    ),
+    "lofit_scales": Method(
+        "a scale for every number of all heads' results", _every, "scales", uses_ratio=False, source="LoFiT"
+    ),
+    "jola": Method("a gated scale and offset for every head", _every, "jola", uses_ratio=False, source="JoLA"),
+    "jola_additive": Method("a gated offset for every head", _every, "jola_additive", uses_ratio=False, source="JoLA"),
+    "jola_multiplicative": Method(
+        "a gated scale for every head", _every, "jola_multiplicative", uses_ratio=False, source="JoLA"
+    ),
+    "jola_ungated": Method(
+        "a scale and an offset for every head, without gates", _every, "jola_ungated", uses_ratio=False, source="JoLA"
+    ),
+    "dora_matched": Method(
+        "DoRA on q, k and v with as many weights as alps trains",
+        adapter="dora",
+        rank=lambda layout, ratio, scores: _matched(layout, ratio, scores, dora_magnitudes(layout)),
+        uses_scores=True,
+        source="DoRA",
+    ),
+    "shira_matched": Method(
+        "drawn entries of q, k and v, as many as alps trains weights",
+        adapter="shira",
+        rank=_matched,
+        uses_scores=True,
+        source="SHiRA",
     ),
 }
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from alps_repro.adapters import ADAPTERS, lora_weights
 from alps_repro.checkpoints import EMBEDDED, embedded_model
 from alps_repro.data import DEFAULT_TRAIN_SIZE, HUB, OFFLINE, PROMPT, offline_splits
 from alps_repro.errors import UserError
 from alps_repro.experiments import evaluations
 from alps_repro.heads import HeadLayout, head_count
-from alps_repro.methods import METHODS, lora_weights
+from alps_repro.methods import METHODS
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile
 
 if TYPE_CHECKING:
@@ -200,20 +201,23 @@ def trained_parameters(config: FinetuneConfig) -> tuple[int, int]:
     model = shape(config.base)
     method, layout = METHODS[config.method], model.layout
     outside = model.total - model.attention if config.scope == "all" else 0
+    adapter, count = ADAPTERS[method.adapter], head_count(config.ratio if method.uses_ratio else 1.0, layout.total)
+    if adapter.weights and not adapter.by_rank:
+        own = adapter.weights(layout, count, 0)
+        return own, own
     if not method.uses_scores and method.rank:
-        own = lora_weights(layout) * method.rank(layout, config.ratio, None)
+        own = adapter.weights(layout, 0, method.rank(layout, config.ratio, None))
         return own, own
     if not method.uses_scores:
         heads = method.select(layout, config.ratio, None, config.choice_seed)
         rows = 0 if heads is None else sum(map(len, layout.selected_rows(heads).values()))
         return outside + rows * model.row, outside + rows * model.row
-    count = head_count(config.ratio, layout.total)
     least = count + 2 * math.ceil(count / layout.heads_per_group)
     most = count + 2 * min(count, layout.layers * layout.groups)
     if method.rank:  # matched to the weights of such a selection
-        unit = lora_weights(layout)
-        ranks = (max(1, round(blocks * layout.head_dim * layout.hidden_size / unit)) for blocks in (least, most))
-        least, most = (unit * rank for rank in ranks)
+        unit, besides = lora_weights(layout), adapter.weights(layout, 0, 0)
+        matched = (blocks * layout.head_dim * layout.hidden_size - besides for blocks in (least, most))
+        least, most = (adapter.weights(layout, 0, max(1, round(weights / unit))) for weights in matched)
         return least, most
     if method.draws:  # matched, too, and may stop short of it by less than a head with its group
         least = max(least - 2, 0)
@@ -294,9 +298,8 @@ def _layer(config: FinetuneConfig, number: int, longest: int) -> float:
     if config.scope == "all":
         stream, inputs, wide = 4 * hidden, 2 * hidden, wide + model.intermediate
     else:
-        rank = METHODS[config.method].rank
         inputs = hidden
-        if rank:
+        if ADAPTERS[METHODS[config.method].adapter].by_rank:
             inputs += 3 * trained_parameters(config)[1] // lora_weights(model.layout)
         stream = 2 * hidden
     return 4 * (stream + model.layout.heads) + number * (4 * attended + longest + inputs + wide)

@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from alps_repro.adapters import ADAPTERS
 from alps_repro.checkpoints import QUANTIZATIONS
 from alps_repro.data import DATASETS, OFFLINE
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.evaluation import check_tasks
 from alps_repro.methods import METHODS, SCOPES
-from alps_repro.scores import check_metric
+from alps_repro.scores import RESULT, RESULT_METRICS, check_metric
 
 
 class Settings(BaseModel):
@@ -96,6 +97,7 @@ class Recipe(Settings):
     weight_decay: float = Field(0.1, ge=0, description="AdamW's, on all but biases and norms")
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="AdamW's")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps with linear warm-up")
+    warmup_steps: int | None = Field(None, ge=0, description="in place of warmup_ratio")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="share of the peak at which the cosine ends")
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, gt=0, description="in place of epochs")
@@ -113,7 +115,17 @@ class Recipe(Settings):
     workers: int = Field(0, ge=0, description="processes that prepare batches; the result does not depend on it")
     examples: int | None = Field(None, gt=0, description="training examples; all of them where none is said")
     data_share: float = Field(1.0, gt=0, le=1, description="share of the examples that is used")
+    validation: int | None = Field(
+        None, gt=0, description="validation examples of the offline data set: the model of the lowest loss is kept"
+    )
+    patience: int | None = Field(None, gt=0, description="epochs without a lower loss on them until training stops")
     checkpoint_steps: int = Field(500, gt=0, description="steps between checkpoints that a stopped run resumes from")
+
+    @model_validator(mode="after")
+    def _validates(self) -> Self:
+        if self.patience is not None and self.validation is None:
+            raise ValueError("The patience is of losses on validation examples: say how many, as 'validation'.")
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -169,10 +181,20 @@ class LocalizeConfig(Settings):
     head_matrix: str = "product"
     tau: float = 1.0
     ground: str = "position"
+    dataset: str | None = Field(None, description="whose examples importance and hifi ask")
+    questions: int = Field(64, gt=0, description="of them")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         # Now rather than when the task model has been made.
+        if self.metric in RESULT_METRICS:
+            if (self.dataset is None) != (self.metric == "scale_norm"):
+                raise ValueError("The metrics importance and hifi ask examples of a `dataset`, and scale_norm none.")
+            if self.head_matrix != RESULT:
+                raise ValueError(f"The metric {self.metric} is of heads' results: say head_matrix '{RESULT}'.")
+            return self
+        if self.dataset is not None or self.questions != type(self).model_fields["questions"].default:
+            raise ValueError(f"The metric {self.metric} is of weights and asks no examples: leave dataset out.")
         check_metric(self.metric, self.head_matrix, self.tau, self.ground)
         return self
 
@@ -278,8 +300,14 @@ def check_scope(scope: str, quantization: str, method: str) -> None:
         raise UserError(
             f"With a base loaded in {quantization}, what lies outside the heads cannot be trained: use scope='heads'."
         )
-    if METHODS[method].rank and scope != "heads":
-        raise UserError(f"The method '{method}' trains LoRA and nothing else: use scope='heads'.")
+    adapter = ADAPTERS[METHODS[method].adapter]
+    if METHODS[method].adapter != "rows" and scope != "heads":
+        raise UserError(f"The method '{method}' trains {adapter.about} and nothing else: use scope='heads'.")
+    if quantization != "none" and not adapter.quantized:
+        raise UserError(
+            f"The method '{method}' trains {adapter.about}, which a base in {quantization} has not: use quantization="
+            "'none'."
+        )
 
 
 #: Where the task model of a localization comes from (ALPS, Table 10).
@@ -456,14 +484,14 @@ class Profile(Settings):
         """A run of this profile: `given` fields of `Run`, the profile's own for those that are not given or None."""
         given = {name: value for name, value in given.items() if value is not None}
         method = one_of("method", given.get("method", "alps"), ("vanilla", *METHODS))
-        rank = method != "vanilla" and METHODS[method].rank
+        adapted = method != "vanilla" and METHODS[method].adapter != "rows"
         dataset = given.get("dataset", next(iter(self.families.values())).datasets[0])
         defaults = {
             "base": self.models[0],
             "dataset": dataset,
             "method": method,
             "ratio": self.ratio,
-            "scope": "heads" if rank else self.scopes.get(method, self.scope),
+            "scope": "heads" if adapted else self.scopes.get(method, self.scope),
             "seed": self.seeds[0],
             "metric": self.metric,
             "head_matrix": self.head_matrix,
@@ -504,31 +532,42 @@ class Profile(Settings):
             recipe=self._recipe(run),
         )
 
+    def _scored_by(self, run: Run) -> tuple[str, str]:
+        """The metric and the head matrix of a run's localization: its method's own, or the run's."""
+        return (METHODS[run.method].metric if run.method != "vanilla" else None) or (run.metric, run.head_matrix)
+
     def task_model(self, run: Run) -> Run | None:
-        """The run that makes the task model of a run's localization; None where that is a ready-made model."""
-        if run.source == "ready_made":
+        """The run that makes the task model of a run's localization; None where that is ready-made, or needs none."""
+        metric, _ = self._scored_by(run)
+        if metric == "hifi" or (run.source == "ready_made" and metric != "scale_norm"):
             return None
+        given = {"base": run.base, "dataset": run.heads_from, "seed": run.seed}
+        if metric == "scale_norm":  # LoFiT's first stage
+            return self.run(method="lofit_scales", quantization=run.quantization, **given)
         scope = "heads" if run.source == "attn_only_10pct" else self.task_scope
         return self.run(
-            base=run.base,
-            dataset=run.heads_from,
             method="full",
             scope=scope,
-            seed=run.seed,
             quantization=self.quantization if scope == "heads" else "none",
             data_share=0.1 if run.source == "data_10pct" else None,
+            **given,
         )
 
     def localization(self, run: Run, task_model: str | None = None) -> LocalizeConfig:
         """The localization that a run's heads come from; `task_model` names another task model."""
-        own = METHODS[run.method].metric if run.method != "vanilla" else None
-        metric, head_matrix = own or (run.metric, run.head_matrix)
+        metric, head_matrix = self._scored_by(run)
         tuned = self.task_model(run)
-        if task_model is None and tuned is None and run.base not in self.ready_made:
+        if task_model is None and tuned is None and metric != "hifi" and run.base not in self.ready_made:
             raise UserError(f"The profile names no ready-made model for '{run.base}': add it to ready_made.")
+        if task_model is None:
+            task_model = self.finetuning(tuned) if tuned else self.ready_made.get(run.base, run.base)
+        if metric in RESULT_METRICS:
+            dataset = None if metric == "scale_norm" else run.heads_from
+            asked = {"base": run.base, "task_model": run.base if metric == "hifi" else task_model, "dataset": dataset}
+            return LocalizeConfig.check(metric=metric, head_matrix=RESULT, **asked)
         return LocalizeConfig.check(
             base=run.base,
-            task_model=task_model or (self.finetuning(tuned) if tuned else self.ready_made[run.base]),
+            task_model=task_model,
             metric=metric,
             head_matrix=head_matrix,
             tau=self.tau if metric == self.metric else 1.0,

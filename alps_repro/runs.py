@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from alps_repro.checkpoints import is_adapter, load_model, model_hash, resolve
-from alps_repro.data import data_hash, offline_splits, training_examples
+from alps_repro.data import training_examples
 from alps_repro.embeddings import embed, principal
 from alps_repro.errors import UserError, explained
 from alps_repro.evaluation import evaluate, headline
@@ -35,7 +35,8 @@ from alps_repro.recipe import (
 )
 from alps_repro.records import KINDS, Config, Outcome, Record, load_record, record_path, recorded, write_whole
 from alps_repro.scores import HeadScores, localize
-from alps_repro.training import Collate, finetune, tokenize
+from alps_repro.selectors import SELECTORS, batches, select_by
+from alps_repro.training import finetune
 
 
 def _done(folder: Path, kind: str, config: Config) -> Record | None:
@@ -114,6 +115,10 @@ def _finetune(
             progress=progress,
         )
         outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens, "rank": tuned.rank}
+        if tuned.validation:
+            outcome.result["validation"] = tuned.validation
+        if tuned.closed_gates is not None:
+            outcome.result["closed_gates"] = tuned.closed_gates
         outcome.model_sha256["tuned"] = model_hash(tuned.path)
         if tuned.data_sha256:
             outcome.data_sha256[config.dataset] = tuned.data_sha256
@@ -143,15 +148,19 @@ def _localize(
     config: LocalizeConfig, results: Path, task: str | Path, path: Path, progress: bool
 ) -> tuple[HeadScores, Record]:
     with recorded(results / "records", config) as outcome:
-        scores = localize(
-            config.base,
-            task,
-            metric=config.metric,
-            head_matrix=config.head_matrix,
-            tau=config.tau,
-            ground=config.ground,
-            progress=progress,
-        )
+        if config.metric in SELECTORS:
+            asked = {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
+            scores = select_by(config.metric, config.base, task, **asked, progress=progress)
+        else:
+            scores = localize(
+                config.base,
+                task,
+                metric=config.metric,
+                head_matrix=config.head_matrix,
+                tau=config.tau,
+                ground=config.ground,
+                progress=progress,
+            )
         write_whole(path, json.dumps(scores.dump(), indent=1) + "\n")
         outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(resolve(task))}
         outcome.result = {"scores": path.name, "values": scores.values.tolist(), "layout": asdict(scores.layout)}
@@ -281,21 +290,16 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
     """
 
     def make(outcome: Outcome, before: tuple[Record, Path]) -> None:
-        from datasets import Dataset
-
         folder = before[1]
         model, tokenizer = load_model(folder)
-        questions = Dataset.from_list(offline_splits(config.task_model.dataset)["validation"][: config.questions])
-        rows = list(tokenize(questions, tokenizer, config.task_model.recipe.max_length))
-        collate = Collate(tokenizer.pad_token_id, "response")
-        starts = range(0, len(rows), config.batch_size)
-        lost = importance(model, [collate(rows[i : i + config.batch_size]) for i in starts], progress=progress)
+        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size)
+        lost = importance(model, asked, progress=progress)
         scores = {
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
             for name in COMPARED
         }
         outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(folder)}
-        outcome.data_sha256[config.task_model.dataset] = data_hash(questions)
+        outcome.data_sha256[config.task_model.dataset] = data
         outcome.result = {"importance": lost.tolist(), "scores": scores}
 
     return _made_once(config, results, make, lambda: finetune_run(config.task_model, results, progress=progress))

@@ -200,6 +200,11 @@ METRICS: dict[str, Metric] = {
 }
 
 
+#: What other systems choose heads by (`selectors`): of heads' results, and of no head matrix.
+RESULT = "result"
+RESULT_METRICS = ("scale_norm", "importance", "hifi")
+
+
 @dataclass(frozen=True, eq=False)
 class HeadScores:
     """One score per query head; higher means moved further from the base.
@@ -364,6 +369,10 @@ def localize(
                 scores.append(distance(*matrices, tau))
             return scores
 
+        # Where two threads make a process's first product and exponentials at the same time, these now and then come
+        # out in another rounding than all later ones: so they are made here, alone, and thrown away.
+        first = torch.ones(64, 64, dtype=torch.float64)
+        torch.mm(first, first).exp_().cumsum_(0)
         layers = pool.map(score, range(layout.layers))
         values = np.array(list(tqdm(layers, desc="scoring layers", total=layout.layers, disable=not progress)))
         return HeadScores(values, layout, b.source, t.source, metric, head_matrix, float(tau), ground)

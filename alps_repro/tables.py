@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alps_repro import timing
+from alps_repro.adapters import ADAPTERS
 from alps_repro.errors import UserError, one_of
 from alps_repro.evaluation import KNOWLEDGE
 from alps_repro.experiments import TABLES, Cell, cells
@@ -131,8 +132,9 @@ def _trains(row: Any) -> str:
 
     if row.method == "vanilla":
         return "nothing"
-    if METHODS[row.method].rank:
-        return "LoRA on q, k, v"
+    adapter = METHODS[row.method].adapter
+    if adapter != "rows":
+        return ADAPTERS[adapter].about
     share = "all" if pd.isna(row.ratio) else f"{row.ratio:.0%} of"
     return f"{share} heads" + (" and everything else" if row.scope == "all" else " only")
 

@@ -9,11 +9,13 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alps_repro.adapters import ADAPTERS, Target
 from alps_repro.checkpoints import QUANTIZATIONS, load_model, resolve
-from alps_repro.data import PROMPT, data_hash, training_examples
+from alps_repro.data import OFFLINE, PROMPT, data_hash, offline_splits, training_examples
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
 from alps_repro.methods import METHODS, SCOPES
@@ -23,6 +25,7 @@ from alps_repro.scores import HeadScores
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
+    from transformers import Trainer
 
 IGNORED = -100
 
@@ -33,7 +36,9 @@ class Finetuned:
 
     path: the folder with the tuned model, a whole checkpoint (scope `all`) or an adapter (scope `heads`); the base's
         own folder where there was nothing to train. losses: mean loss in nats per counted token, one per optimizer
-        step. heads: whose rows were trained; rank: of LoRA, where that was. tokens: seen in training, padding left out.
+        step. heads: that were trained; rank: of LoRA and its like. tokens: seen in training, padding left out.
+    validation: loss on the validation examples after each epoch, where the recipe has some; the model is that of the
+        lowest. closed_gates: of JoLA, {`scale`, `offset`: (closed, all)}.
     """
 
     path: Path
@@ -44,6 +49,8 @@ class Finetuned:
     tokens: int
     data_sha256: str
     rank: int | None = None
+    validation: tuple[float, ...] = ()
+    closed_gates: dict[str, tuple[int, int]] | None = None
 
 
 def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
@@ -105,11 +112,18 @@ class Collate:
 
 
 def trainable(
-    model: torch.nn.Module, heads: HeadSelection | None, scope: str, rank: int | None = None
+    model: torch.nn.Module,
+    heads: HeadSelection | None,
+    scope: str,
+    *,
+    adapter: str = "rows",
+    rank: int = 0,
+    seed: int = 0,
 ) -> torch.nn.Module:
-    """Prepare a model so that exactly what a scope and a selection say is trained, or LoRA of a rank on q, k and v.
+    """Prepare a model so that exactly what a scope and a selection say is trained.
 
-    LoRA's scale is 1 (lora_alpha equal to the rank) at every rank.
+    adapter: of `ADAPTERS`, how heads are trained in scope `heads`; rank: of one that is of no heads; seed: of the
+        entries that SHiRA draws. What starts at random is drawn from torch's global generator.
 
     Returns:
         scope `heads`: a `peft.PeftModel`. Scope `all`: the model, or, where only some heads are trained, an
@@ -118,24 +132,14 @@ def trainable(
     """
     layout = HeadLayout.of(model)
     prefix = layout.prefix(name for name, _ in model.named_modules())
-    modules = [prefix + path for layer in range(layout.layers) for path in layout.modules(layer)]
-    if rank is not None:
-        from peft import LoraConfig, get_peft_model
-        from transformers.pytorch_utils import Conv1D
-
-        stored_transposed = isinstance(model.get_submodule(modules[0]), Conv1D)
-        lora = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=modules, task_type="CAUSAL_LM", fan_in_fan_out=stored_transposed
-        )
-        return get_peft_model(model, lora)
+    modules = tuple(prefix + path for layer in range(layout.layers) for path in layout.modules(layer))
     if scope == "heads":
         from peft import get_peft_model
 
-        from alps_repro.tuner import AlpsConfig
-
+        target = Target(layout, modules, heads, rank, seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to change
-            return get_peft_model(model, AlpsConfig(heads=heads, task_type="CAUSAL_LM"))
+            return get_peft_model(model, ADAPTERS[adapter].config(target))
     if heads is not None and len(heads) == layout.total:
         return model.requires_grad_(True)
     frozen = {id(p) for path in modules for p in model.get_submodule(path).parameters()}
@@ -216,7 +220,7 @@ def finetune(
         raise UserError(f"'{output}' exists already: remove it or choose another folder for the tuned model.")
 
     import torch
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
     gpu = torch.cuda.is_available()
     if gpu:
@@ -230,6 +234,7 @@ def finetune(
         model.set_attn_implementation("eager")  # torch's fused attention is slow there, ten times in its backward pass
     layout = HeadLayout.of(model)
     rank = None
+    adapter = METHODS[method].adapter if heads is None else "rows"
     if heads is None:
         stored = HeadScores.load(scores) if isinstance(scores, (str, Path)) else scores
         if METHODS[method].uses_scores and stored is None:
@@ -242,14 +247,17 @@ def finetune(
     if heads is None and rank is None and scope == "heads":
         return Finetuned(resolve(base), (), (), 0, total, 0, "")
 
+    asked_rows = _validation(dataset, recipe)
     if isinstance(dataset, str):
         size = recipe.examples or (recipe.max_steps and recipe.max_steps * recipe.batch_size)
         dataset = training_examples(dataset, size=size, seed=seed)
     if recipe.data_share < 1:
         dataset = dataset.shuffle(seed=seed).select(range(math.ceil(recipe.data_share * len(dataset))))
     train_set, sha256 = tokenize(dataset, tokenizer, recipe.max_length), data_hash(dataset)
+    if asked_rows is not None:
+        asked_rows = tokenize(asked_rows, tokenizer, recipe.max_length)
     model.config.use_cache = False
-    tuned = trainable(model, heads, scope, rank)
+    tuned = trainable(model, heads, scope, adapter=adapter, rank=rank or 0, seed=seed)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
     checkpoints = output.with_name(output.name + ".checkpoints")
@@ -274,14 +282,21 @@ def finetune(
         optim="adamw_torch_fused",
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr_ratio},
-        warmup_steps=recipe.warmup_ratio,
+        warmup_steps=recipe.warmup_ratio if recipe.warmup_steps is None else recipe.warmup_steps,
         bf16=precision == "bfloat16",
         fp16=precision == "float16",
         activation_checkpointing=recipe.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         seed=seed,
         data_seed=seed,
-        save_strategy="steps",
+        # A checkpoint each epoch where there are validation examples, so that the best one is there in the end.
+        eval_strategy="no" if asked_rows is None else "epoch",
+        save_strategy="steps" if asked_rows is None else "epoch",
+        per_device_eval_batch_size=micro,
+        prediction_loss_only=True,
+        load_best_model_at_end=asked_rows is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,  # should the last one turn out broken, the one before it is there
         logging_steps=1,
@@ -293,19 +308,24 @@ def finetune(
         dataloader_pin_memory=gpu,
         dataloader_num_workers=recipe.workers,
     )
-    trainer = Trainer(
+    trainer = _trainer(
+        tuned,
         model=tuned if scope == "heads" else model,
         args=arguments,
         train_dataset=train_set,
+        eval_dataset=asked_rows,
         data_collator=Collate(tokenizer.pad_token_id, recipe.loss_on),
         processing_class=tokenizer,
     )
     _show_bar_only(trainer)
     trainer.add_callback(_stop_if_diverged(4 * math.log(model.config.get_text_config().vocab_size), checkpoints))
+    if recipe.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.patience))
     chosen = heads.heads if heads is not None else ()
     asked = {
         "base": str(base),
         "heads": chosen,
+        "adapter": adapter,
         "rank": rank,
         "scope": scope,
         "quantization": quantization,
@@ -315,13 +335,64 @@ def finetune(
     }
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints, asked))
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    validation = tuple(_validation_losses(trainer.state.log_history))
     if trainer.is_world_process_zero():
         model.config.use_cache = True
         _save(tuned, tokenizer, output, str(base))
         shutil.rmtree(checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
     tokens = int(result.metrics.get("train_num_tokens", 0)) or _tokens(train_set, trainer.state.epoch)
-    return Finetuned(output, losses, chosen, trained, total, tokens, sha256, rank)
+    gates = tuned.base_model.closed_gates() if adapter.startswith("jola") else None
+    return Finetuned(output, losses, chosen, trained, total, tokens, sha256, rank, validation, gates or None)
+
+
+def _validation(dataset: str | Dataset, recipe: Recipe) -> Dataset | None:
+    """Validation examples of an offline data set, as many as the recipe asks for."""
+    if recipe.validation is None:
+        return None
+    if dataset not in OFFLINE:
+        raise UserError("Only offline data sets have validation examples: leave 'validation' out, or use one of them.")
+    from datasets import Dataset
+
+    rows = offline_splits(dataset)["validation"]
+    if recipe.validation > len(rows):
+        raise UserError(f"The data set '{dataset}' has {len(rows)} validation examples: ask for no more.")
+    return Dataset.from_list(rows[: recipe.validation])
+
+
+def _validation_losses(log_history: Sequence[dict[str, Any]]) -> list[float]:
+    return [entry["eval_loss"] for entry in log_history if "eval_loss" in entry]
+
+
+def _trainer(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
+    """A Trainer whose loss has the penalty of JoLA's gates or LoFiT's scales added to it, in training."""
+    from transformers import Trainer
+
+    from alps_repro.tuner import JolaModel, LofitModel, gate_weight
+
+    tuner = getattr(tuned, "base_model", None)
+    if not isinstance(tuner, (JolaModel, LofitModel)):
+        return Trainer(**arguments)
+
+    class PenalizedTrainer(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if model.training:
+                # Where a micro-batch's loss is its share of the step's already, its penalty has to be, too.
+                whole = kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
+                loss = loss + self._penalty() / (self.current_gradient_accumulation_steps if whole else 1)
+            return (loss, outputs) if return_outputs else loss
+
+        def _penalty(self) -> torch.Tensor:
+            if isinstance(tuner, LofitModel):
+                return tuner.penalty()
+            # By the optimizer's steps: neither micro-batches nor evaluations move it.
+            (config,) = tuner.peft_config.values()
+            found = _validation_losses(self.state.log_history)
+            worse = sum((b > a) - (b < a) for a, b in pairwise(found))
+            return tuner.penalty(gate_weight(config.schedule, self.state.global_step, self.state.max_steps, worse))
+
+    return PenalizedTrainer(**arguments)
 
 
 def _show_bar_only(trainer: Any) -> None:

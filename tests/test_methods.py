@@ -111,7 +111,7 @@ def test_lora_weights_are_those_that_peft_makes(name: str, rank: int) -> None:
 def test_lora_trains_nothing_but_its_own_matrices(name: str) -> None:
     model = tiny_model(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    tuned = trainable(model, None, "heads", rank=4)
+    tuned = trainable(model, None, "heads", adapter="lora", rank=4)
     trained = {key for key, p in tuned.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * len(attention(tiny_model(name)))
     assert all(".lora_A." in key or ".lora_B." in key for key in trained)
@@ -145,7 +145,8 @@ def test_bottom_and_alps_are_the_two_ends(name: str) -> None:
 def test_l2_takes_the_heads_whose_weights_moved_furthest() -> None:
     """By a localization of its own, of the weights themselves."""
     assert METHODS["l2"].metric == ("l2", "concat")
-    assert all(method.metric is None for name, method in METHODS.items() if name != "l2")
+    with_own = {name for name, method in METHODS.items() if method.metric is not None}
+    assert with_own - {"l2"} == {f"{name}{of}" for name in ("lofit", "hifi", "importance") for of in ("", "_offset")}
     base, task = tiny_model("llama_mha_bias"), tiny_model("llama_mha_bias")
     with torch.no_grad():
         for layer, head, step in ((0, 2, 0.5), (1, 1, 0.3), (0, 0, 0.1)):
@@ -178,7 +179,8 @@ def test_what_the_registry_says_of_each_method() -> None:
         assert (chosen(ratio=0.1) != chosen(ratio=0.5)) == method.uses_ratio, name
         if method.uses_scores and not method.rank and not method.draws:
             assert chosen(of=1) != chosen(of=2), name
-    assert [name for name, method in METHODS.items() if method.control] == [
-        *["bottom", "l2", "random_matched", "lora_matched"]
-    ]
+    of_paper = [name for name, method in METHODS.items() if method.source == "paper"]
+    assert of_paper == ["full", "no_attn", "random", "layer_consistent", "lora", "alps"]
+    controls = [name for name, method in METHODS.items() if method.source == "control"]
+    assert controls == ["bottom", "l2", "random_matched", "lora_matched"]
     assert SCOPES.keys() == {"all", "heads"}

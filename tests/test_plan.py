@@ -59,7 +59,7 @@ def really_trained(model: torch.nn.Module, config: FinetuneConfig, scores: HeadS
     method, layout = METHODS[config.method], HeadLayout.of(model)
     rank = method.rank(layout, config.ratio, scores) if method.rank else None
     heads = None if method.rank else method.select(layout, config.ratio, scores, config.choice_seed)
-    tuned = trainable(model, heads, config.scope, rank)
+    tuned = trainable(model, heads, config.scope, adapter=method.adapter, rank=rank or 0)
     return sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
 
@@ -171,7 +171,8 @@ def test_activations_are_what_autograd_keeps(method: str, scope: str, tmp_path: 
     # One is shorter: without padding there is no mask, and keys are not repeated.
     rows = [{"input_ids": (list(range(3, 63)) * 3)[: 180 - (i == 0)], "prompt_length": 170} for i in range(8)]
     rank = METHODS[method].rank(HeadLayout.of(model), 1.0, None) if METHODS[method].rank else None
-    tuned = trainable(model, None if rank else HeadSelection.all(HeadLayout.of(model)), scope, rank).train()
+    heads = None if rank else HeadSelection.all(HeadLayout.of(model))
+    tuned = trainable(model, heads, scope, adapter=METHODS[method].adapter, rank=rank or 0).train()
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from peft.utils import register_peft_method
 
 from alps_repro.tuner import jola, lofit, rows
 from alps_repro.tuner.base import add_peft_type, fingerprint
-from alps_repro.tuner.jola import JolaConfig, JolaModel
+from alps_repro.tuner.jola import JolaConfig, JolaModel, gate_weight
 from alps_repro.tuner.lofit import LofitConfig, LofitModel
 from alps_repro.tuner.rows import ROWS, AlpsConfig, AlpsLayer, AlpsModel
 
@@ -29,4 +29,5 @@ __all__ = [
     "LofitConfig",
     "LofitModel",
     "fingerprint",
+    "gate_weight",
 ]
