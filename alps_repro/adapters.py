@@ -79,15 +79,15 @@ class Adapter:
     """about: what it trains, in words. config: its PEFT configuration.
 
     weights: (layout, heads, rank) -> how many numbers it trains; None for rows, whose number depends on which heads
-    share a group, and on biases. by_rank: whether it is of all projections at a rank, and of no heads. quantized:
-    whether its base may be in 4 or 8 bit.
+    share a group, and on biases. by_rank: whether it is of all projections at a rank, and of no heads. quantized: what
+    its base may be loaded in.
     """
 
     about: str
     config: Callable[[Target], PeftConfig]
     weights: Callable[[HeadLayout, int, int], int] | None = None
     by_rank: bool = False
-    quantized: bool = True
+    quantized: tuple[str, ...] = ("4bit", "8bit")
 
 
 def lora_weights(layout: HeadLayout) -> int:
@@ -113,13 +113,14 @@ ADAPTERS: dict[str, Adapter] = {
         _dora,
         lambda layout, heads, rank: rank * lora_weights(layout) + dora_magnitudes(layout),
         by_rank=True,
+        quantized=("4bit",),  # in 8 bit its first step fails within bitsandbytes
     ),
     "shira": Adapter(
         "drawn entries of q, k and v (SHiRA)",
         _shira,
         lambda layout, heads, rank: rank * lora_weights(layout),
         by_rank=True,
-        quantized=False,
+        quantized=(),
     ),
     "scales": Adapter(
         "a scale of each number of the heads' results (LoFiT's first stage)",

@@ -303,10 +303,10 @@ def check_scope(scope: str, quantization: str, method: str) -> None:
     adapter = ADAPTERS[METHODS[method].adapter]
     if METHODS[method].adapter != "rows" and scope != "heads":
         raise UserError(f"The method '{method}' trains {adapter.about} and nothing else: use scope='heads'.")
-    if quantization != "none" and not adapter.quantized:
+    if quantization != "none" and quantization not in adapter.quantized:
         raise UserError(
-            f"The method '{method}' trains {adapter.about}, which a base in {quantization} has not: use quantization="
-            "'none'."
+            f"The method '{method}' ({adapter.about}) cannot be trained on a base in {quantization}: use "
+            f"quantization={' or '.join(map(repr, (*adapter.quantized, 'none')))}."
         )
 
 

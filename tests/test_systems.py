@@ -25,7 +25,7 @@ from alps_repro.runs import finetune_run, localize_run
 from alps_repro.scores import RESULT_METRICS
 from alps_repro.selectors import SELECTORS, batches, select_by
 from alps_repro.training import Collate
-from alps_repro.tuner import JolaConfig, LofitConfig, jola
+from alps_repro.tuner import JolaConfig, JolaModel, LofitConfig, LofitModel, jola
 
 SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
 
@@ -81,8 +81,10 @@ def test_same_seed_same_bytes(method: str, base: Path, tmp_path: Path) -> None:
     assert files(first.path)["adapter_model.safetensors"] != files(other.path)["adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("method", ["jola", "lofit_offset", "dora_matched"])
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize(
+    ("method", "quantization"),
+    [("jola", "4bit"), ("jola", "8bit"), ("lofit_offset", "4bit"), ("lofit_offset", "8bit"), ("dora_matched", "4bit")],
+)
 def test_quantized_base(method: str, quantization: str, tmp_path: Path) -> None:
     wide = tiny_checkpoint(tmp_path / "base", "llama", hidden_size=64)
     tuned = run(wide, tmp_path / "tuned", method, quantization=quantization)
@@ -97,10 +99,10 @@ def test_shira_needs_its_weights(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["jola", "lofit_scales"])
 def test_penalty_is_in_the_loss_of_a_step_once(method: str, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """However its batch is cut: with nothing to learn but the penalty, losses differ by it alone."""
-    name = "penalty"
-    kind = jola.JolaModel if method == "jola" else __import__("alps_repro.tuner", fromlist=["x"]).LofitModel
+    kind = JolaModel if method == "jola" else LofitModel
+    monkeypatch.setattr(kind, "penalty", lambda self, *given: torch.tensor(0.0))
     plain = run(base, tmp_path / "plain", method, recipe={"max_steps": 1, "micro_batch_size": 4})
-    monkeypatch.setattr(kind, name, lambda self, *given: torch.tensor(5.0))
+    monkeypatch.setattr(kind, "penalty", lambda self, *given: torch.tensor(5.0))
     for micro in (4, 2, 1):
         again = run(base, tmp_path / f"in {micro}", method, recipe={"max_steps": 1, "micro_batch_size": micro})
         # Gates are drawn anew for every micro-batch; what is edited is a thousandth.
@@ -157,7 +159,8 @@ def test_training_stops_early_and_keeps_the_best(method: str, base: Path, tmp_pa
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     own = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    assert float(own) == pytest.approx(tuned.validation[best], rel=1e-3)
+    # That of an epoch is a mean over micro-batches of two.
+    assert float(own) == pytest.approx(tuned.validation[best], rel=5e-3)
 
 
 def test_validation_refused(base: Path, tmp_path: Path) -> None:
