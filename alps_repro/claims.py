@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alps_repro.errors import UserError
-from alps_repro.experiments import Cell, cells
+from alps_repro.experiments import SIZES, Cell, cells
 from alps_repro.recipe import Profile
 from alps_repro.records import Record, load_record, record_path, write_whole
 from alps_repro.tables import lower_is_better
@@ -77,6 +77,42 @@ CLAIMS: dict[str, Claim] = {
         "alps forgets less than full fine-tuning", "table5", "alps", ("full",), ("accuracy", "loss")
     ),
     "forgets_less_than_lora": Claim("alps forgets less than LoRA", "table5", "alps", ("lora",), ("accuracy", "loss")),
+}
+
+#: Of other systems, at each number of training examples: {claim: (says, row, others)}.
+_OF_SYSTEMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "alps_chooses_best_rows": (
+        "ALPS's heads are the best to train the weights of",
+        "alps",
+        ("random", "lofit", "hifi", "importance"),
+    ),
+    "alps_chooses_best_offsets": (
+        "ALPS's heads are the best to train an offset for",
+        "alps_offset",
+        ("random_offset", "lofit_offset", "hifi_offset", "importance_offset"),
+    ),
+    "lofit_chooses_better": ("LoFiT's heads are better for its offsets than ALPS's", "lofit_offset", ("alps_offset",)),
+    "choice_matters_for_offsets": (
+        "LoFiT's heads are better for offsets than drawn ones",
+        "lofit_offset",
+        ("random_offset",),
+    ),
+    "jola_beats_lofit": ("JoLA beats LoFiT", "jola", ("lofit_offset",)),
+    "jola_beats_alps": ("JoLA beats ALPS", "jola", ("alps",)),
+    "jola_beats_lora": ("JoLA beats LoRA", "jola", ("lora_matched",)),
+    "jola_needs_both": ("JoLA's two edits beat either alone", "jola", ("jola_additive", "jola_multiplicative")),
+    "jola_needs_gates": ("JoLA's gates help", "jola", ("jola_ungated",)),
+    "alps_beats_low_rank": (
+        "ALPS beats LoRA, DoRA and SHiRA with as many weights",
+        "alps",
+        ("lora_matched", "dora_matched", "shira_matched"),
+    ),
+}
+
+CLAIMS |= {
+    f"{name}_{size}": Claim(f"{says}, {size} examples", f"systems_{size}", row, others)
+    for size in SIZES
+    for name, (says, row, others) in _OF_SYSTEMS.items()
 }
 
 

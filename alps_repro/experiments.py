@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from alps_repro.errors import UserError, one_of
@@ -175,6 +176,18 @@ def _search(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
             yield _cell(profile, row, family, run, split="validation", limit=profile.search_limit)
 
 
+def _systems(profile: Profile, coverage: Coverage, examples: int) -> Iterator[Cell]:
+    for model, seed, family in _axes(profile, coverage):
+        given = {"base": model, "dataset": profile.families[family].datasets[0], "seed": seed}
+        if seed == (coverage.seeds or profile.seeds)[0]:
+            yield _cell(profile, "vanilla", family, profile.run(method="vanilla", **given))
+        for method in coverage.methods or profile.methods:
+            yield _cell(profile, method, family, profile.run(method=method, examples=examples, **given))
+
+
+#: Training examples of the tables of other systems; JoLA's claim is about few.
+SIZES = (200, 2000)
+
 TABLES: dict[str, Table] = {
     "choice": Table("Data sets to choose from, on validation questions", _choice),
     "search": Table("Learning rates tried, on validation questions", _search),
@@ -190,6 +203,9 @@ TABLES: dict[str, Table] = {
     "table5": Table("General knowledge after training", _knowledge, "table13"),
     "table10": Table("Where the task model comes from", _sources, "table10"),
     "table14": Table("Every benchmark on every task's model", _every_benchmark, "table14"),
+} | {
+    f"systems_{size}": Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
+    for size in SIZES
 }
 
 

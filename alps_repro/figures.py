@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError, one_of
-from alps_repro.experiments import cells
+from alps_repro.experiments import SIZES, cells
 from alps_repro.methods import METHODS
 from alps_repro.recipe import FinetuneConfig, Profile
 from alps_repro.records import Record, load_record, record_path
@@ -224,6 +225,46 @@ def embeddings(profile: Profile) -> Figure:
     return figure
 
 
+def systems(profile: Profile, table: str) -> Figure:
+    """Every system's score with its 95 % interval, and how many numbers it trains; colours by what these are."""
+    from matplotlib.figure import Figure
+
+    long = paper_table(profile, table)
+    long = long[long["column"] == long["column"].iloc[-1]]  # the task, or the mean over them
+    rows, models = list(dict.fromkeys(long["row"])), list(dict.fromkeys(long["model"]))
+    kinds = list(dict.fromkeys(METHODS[row].adapter.split("_")[0] for row in rows if row in METHODS))
+    figure = Figure(figsize=(2.6 + 3.4 * len(models), 1.1 + 0.24 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for panel, model in zip(panels, models):
+        own = long[long["model"] == model]
+        for entry in own.to_dict("records"):
+            row = entry["row"]
+            i = kinds.index(METHODS[row].adapter.split("_")[0]) if row in METHODS else 7
+            look = {"color": MANY_COLOURS[i], "marker": "os^Dvp*h"[i], "ms": 5, "capsize": 2, "elinewidth": 1}
+            panel.errorbar(entry["mean"], rows.index(row), xerr=entry["half_width"], **look)
+        beside = panel.secondary_yaxis("right")
+        beside.set_yticks([rows.index(row) for row in own["row"]], _numbers_trained(profile, table, own), fontsize=8)
+        beside.tick_params(length=0)
+        beside.set_ylabel("numbers trained", fontsize=9)
+        panel.set_title(_short(model), fontsize=10)
+        panel.grid(axis="x", alpha=0.25)
+        panel.set_xlabel("score, %")
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
+    return figure
+
+
+def _numbers_trained(profile: Profile, table: str, own: pd.DataFrame) -> list[str]:
+    """How many numbers the first run behind each row trained; `–` where nothing was."""
+    folder, found = Path(profile.results) / "records", []
+    names = {(c.base, c.row): c.config.name for c in reversed(cells(profile, table))}
+    for model, row in zip(own["model"], own["row"]):
+        path = record_path(folder, "evaluate", names[model, row])
+        trained = load_record(path).cost.trained_parameters if path.exists() else None
+        found.append("–" if trained is None else f"{trained:,}")
+    return found
+
+
 @dataclass(frozen=True)
 class PaperFigure:
     """title: one line. table: the table of the profile that it needs. draw: from a profile's records.
@@ -243,6 +284,11 @@ FIGURES: dict[str, PaperFigure] = {
     "figure5": PaperFigure("Which heads are selected (the paper's Figures 5 and 8)", "table1", selected_heads, "alps"),
     "figure6": PaperFigure("Heads carried over to another data set", "table4", transfer),
     "figure7": PaperFigure("Where the base model puts the data sets' questions", "table4", embeddings, embeds=True),
+} | {
+    f"systems_{size}": PaperFigure(
+        f"Every system's score, {size} training examples", f"systems_{size}", partial(systems, table=f"systems_{size}")
+    )
+    for size in SIZES
 }
 
 

@@ -190,6 +190,8 @@ class LocalizeConfig(Settings):
         if self.metric in RESULT_METRICS:
             if (self.dataset is None) != (self.metric == "scale_norm"):
                 raise ValueError("The metrics importance and hifi ask examples of a `dataset`, and scale_norm none.")
+            if self.metric == "scale_norm" and self.questions != type(self).model_fields["questions"].default:
+                raise ValueError("The metric scale_norm asks no examples: leave questions out.")
             if self.head_matrix != RESULT:
                 raise ValueError(f"The metric {self.metric} is of heads' results: say head_matrix '{RESULT}'.")
             return self
@@ -336,6 +338,7 @@ class Run(Settings):
     data_share: float = Field(1.0, gt=0, le=1)
     learning_rate: float | None = None
     max_steps: int | None = None
+    examples: int | None = Field(None, description="training examples, of the task model too; None: the recipe's")
 
 
 class Family(Settings):
@@ -407,6 +410,7 @@ class Profile(Settings):
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
     threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
+    questions: int = Field(64, gt=0, description="validation examples that heads are chosen by, where they are")
     score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")
     knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, asked of Table 1's models")
 
@@ -505,7 +509,7 @@ class Profile(Settings):
 
     def _recipe(self, run: Run) -> Recipe:
         own = self.recipes.get(run.scope, {})
-        asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps}
+        asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
         asked = {name: value for name, value in asked.items() if value is not None}
         places = ("default", run.method, f"{run.method}@{run.ratio:g}")
         recipe = self.recipe.model_dump() | {k: v for place in places for k, v in own.get(place, {}).items()} | asked
@@ -541,7 +545,7 @@ class Profile(Settings):
         metric, _ = self._scored_by(run)
         if metric == "hifi" or (run.source == "ready_made" and metric != "scale_norm"):
             return None
-        given = {"base": run.base, "dataset": run.heads_from, "seed": run.seed}
+        given = {"base": run.base, "dataset": run.heads_from, "seed": run.seed, "examples": run.examples}
         if metric == "scale_norm":  # LoFiT's first stage
             return self.run(method="lofit_scales", quantization=run.quantization, **given)
         scope = "heads" if run.source == "attn_only_10pct" else self.task_scope
@@ -564,6 +568,7 @@ class Profile(Settings):
         if metric in RESULT_METRICS:
             dataset = None if metric == "scale_norm" else run.heads_from
             asked = {"base": run.base, "task_model": run.base if metric == "hifi" else task_model, "dataset": dataset}
+            asked |= {} if dataset is None else {"questions": self.questions}
             return LocalizeConfig.check(metric=metric, head_matrix=RESULT, **asked)
         return LocalizeConfig.check(
             base=run.base,

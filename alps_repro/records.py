@@ -192,7 +192,10 @@ def _version(package: str) -> str | None:
 def _code() -> str:
     """SHA-256 of what decides a run's result, given its configuration."""
     package = Path(__file__).parent
-    measuring = ("heads", "checkpoints", "scores", "data", "methods", "training", "evaluation", "sandbox")
+    measuring = (
+        *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
+        *("training", "evaluation", "sandbox"),
+    )
     files = [*(package / f"{name}.py" for name in measuring), *(package / "tuner").glob("*.py")]
     digest = hashlib.sha256()
     for path in sorted([*files, *(package / "tasks").glob("*.*")]):

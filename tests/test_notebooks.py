@@ -71,7 +71,7 @@ def parameters(notebook: Any) -> dict[str, Any]:
 def test_the_story_is_there() -> None:
     names = [path.stem for path in NOTEBOOKS]
     assert set(names) >= {"01_localize_heads", "02_finetune", "03_evaluate", "04_transfer", "05_forgetting"}
-    assert set(names) >= {"06_report", "08_score_and_truth", "09_paper_arithmetic"}
+    assert set(names) >= {"06_report", "07_systems", "08_score_and_truth", "09_paper_arithmetic"}
     assert all(re.fullmatch(r"\d\d_[a-z_]+", name) for name in names)
 
 
@@ -135,7 +135,7 @@ CHOICES = {
     "quantization": QUANTIZATIONS,
     "template": TEMPLATES,
     "split": SPLITS,
-    "against": [name for name, method in METHODS.items() if not method.control and name != "alps"],
+    "against": [name for name, method in METHODS.items() if method.source == "paper" and name != "alps"],
 }
 
 
@@ -395,6 +395,24 @@ def test_forgetting(profile: Profile, executed: Any) -> None:
     assert ">vanilla<" not in against
     for cell in cells(profile, "table5"):
         assert record_path(Path(profile.results) / "records", "evaluate", cell.config.name).exists()
+
+
+def test_systems(profile: Profile, executed: Any, tmp_path: Path) -> None:
+    """One of each kind, at both numbers of examples; the smallest tables that there can be."""
+    methods = ["full", "alps", "lofit_offset", "hifi", "jola"]
+    own = {"results": str(tmp_path / "results"), "tables": {"systems_200": {}, "systems_2000": {}}, "methods": methods}
+    settings = yaml.safe_load(Path(path_of(profile)).read_text()) | own | {"questions": 4}
+    path = tmp_path / "systems.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    notebook = executed("07_systems", profile=str(path))
+    few, many = shown(notebook, "text/markdown")
+    for table in (few, many):
+        rows = [row.split("|")[2].strip() for row in table.splitlines() if row.startswith("| /")]
+        assert rows[:6] == ["vanilla", *methods]
+    assert len(shown(notebook, "image/png")) == 2
+    overlap, gates = shown(notebook, "text/html")
+    assert re.findall(r"row_heading[^>]*>(\w+)<", overlap) == ["alps", "lofit", "hifi"]
+    assert "0 of 8" in gates
 
 
 def test_score_and_truth(profile: Profile, executed: Any) -> None:

@@ -288,7 +288,10 @@ def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatc
             seen.add(str(path.relative_to(package)))
         path.write_bytes(text)
     assert code() == before == records._code()
-    modules = ("heads", "checkpoints", "scores", "data", "methods", "training", "evaluation", "sandbox")
+    modules = (
+        *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
+        *("training", "evaluation", "sandbox"),
+    )
     within = {str(path.relative_to(package)) for name in ("tuner", "tasks") for path in (package / name).glob("*.*")}
     assert seen == {f"{name}.py" for name in modules} | within
 
