@@ -186,6 +186,16 @@ def table(
             console.print(str(path), soft_wrap=True)
 
 
+@app.command("remove-models")
+def remove_models(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")]) -> None:
+    """Remove the tuned models that nothing of a profile needs any more; records stay."""
+    from alps_repro.recipe import Profile
+    from alps_repro.reproduce import remove_models as removed
+
+    for path in removed(Profile.load(profile)):
+        console.print(f"removed {path}", soft_wrap=True)
+
+
 @app.command()
 def figure(
     profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")] = "quick",
@@ -298,7 +308,8 @@ def plan(
         for row in rows.itertuples():
             share = "" if row.ratio != row.ratio else f" {100 * row.ratio:g} %"  # NaN: the ratio changes nothing
             base = "" if row.quantization == "none" else f", {row.quantization}"
-            trained = dict.fromkeys(f"{count / 1e6:,.1f}" for count in (row.trained_least, row.trained_most))
+            weights = (row.trained_least, row.trained_most)
+            trained = dict.fromkeys(f"{n / 1e6:,.1f}" if not 0 < n < 5e4 else f"{n / 1e6:.3f}" for n in weights)
             words = [f"{row.method}{share}, {row.scope}{base}", str(row.runs), "-".join(trained)]
             words += [f"{getattr(row, name):.1f}" for name in names] + ["yes" if row.fits else "no"]
             table.add_row(*words, f"{row.tokens / 1e6:,.2f}", f"{row.models:,.1f}", f"{row.checkpoints:.1f}")

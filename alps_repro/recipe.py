@@ -409,6 +409,7 @@ class Profile(Settings):
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
+    keep_models: bool = Field(True, description="or remove each tuned model once everything that needs it is done")
     threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
     questions: int = Field(64, gt=0, description="validation examples that heads are chosen by, where they are")
     score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")

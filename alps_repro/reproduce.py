@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from filelock import FileLock
 
 from alps_repro.errors import UserError
 from alps_repro.plan import needed
-from alps_repro.recipe import Profile
-from alps_repro.records import load_record
+from alps_repro.recipe import FinetuneConfig, Profile
+from alps_repro.records import load_record, record_path
 
 SNAKEFILE = Path(__file__).parents[1] / "workflow" / "Snakefile"
 
@@ -45,6 +46,31 @@ def failures(profile: Profile) -> dict[str, str]:
     own = {"finetune": runs.finetunings, "localize": runs.localizations, "evaluate": runs.evaluations}
     failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name})]
     return {f"{record.kind} {record.name}": record.error or "" for record in failed}
+
+
+def remove_models(profile: Profile) -> list[Path]:
+    """Remove the tuned models that nothing of a profile needs any more; returns their folders.
+
+    A model is needed until its evaluations, and the localizations and the importance of heads that are taken from it,
+    are recorded. Records, scores and samples stay, and a run that is asked for later makes its model again.
+    """
+    folder, runs = Path(profile.results), needed(profile)
+    users: list[tuple[str, str, object]] = [("evaluate", name, c.model) for name, c in runs.evaluations.items()]
+    users += [("localize", name, config.task_model) for name, config in runs.localizations.items()]
+    if profile.score_and_truth:
+        config = profile.importance()
+        users.append(("importance", config.name, config.task_model))
+    waited_for = {
+        model.name
+        for kind, name, model in users
+        if isinstance(model, FinetuneConfig) and not record_path(folder / "records", kind, name).exists()
+    }
+    done = [folder / "models" / name for name in runs.finetunings if name not in waited_for]
+    # One whose fine-tuning is not recorded yet may be half written.
+    there = [path for path in done if path.exists() and record_path(folder / "records", "finetune", path.name).exists()]
+    for path in there:
+        shutil.rmtree(path)
+    return there
 
 
 def reproduce(name: str, say: Callable[[str], None]) -> Path:

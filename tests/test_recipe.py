@@ -547,6 +547,7 @@ AXES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "data_share": (0.5, {"recipe.max_steps": 20}, {}),
     "learning_rate": (0.7, {"recipe.learning_rate": 0.7}, {}),
     "max_steps": (9, {"recipe.max_steps": 9}, {}),
+    "examples": (5, {"recipe.examples": 5, f"{TASK_MODEL}.recipe.examples": 5}, {}),
 }
 
 
@@ -575,7 +576,7 @@ def test_a_run_takes_the_profile_s_own(tmp_path: Path) -> None:
     assert (run.base, run.dataset, run.heads_from, run.method) == ("m", "chain_sum", "chain_sum", "alps")
     assert (run.ratio, run.scope, run.seed, run.metric, run.head_matrix) == (0.2, "all", 3, "kl", "concat")
     assert (run.source, run.quantization, run.data_share) == ("full", "none", 1.0)
-    assert (run.learning_rate, run.max_steps) == (None, None)
+    assert (run.learning_rate, run.max_steps, run.examples) == (None, None, None)
     assert profile.run(method="random").scope == "heads"
     assert profile.run(method="random", scope="all").scope == "all"
     # Nothing but LoRA is trained by these, whatever the profile's scope.
