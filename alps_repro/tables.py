@@ -290,12 +290,15 @@ def _reported(table: str) -> pd.DataFrame:
     return paper.rename(columns={"value": "reported"})[["model", "row", "column", "reported"]]
 
 
-def paper_layout(table: pd.DataFrame, decimals: int | None = None) -> pd.DataFrame:
+def paper_layout(table: pd.DataFrame, decimals: int | None = None, records: str | None = None) -> pd.DataFrame:
     """A paper table as it is printed: a line per model and row, a column per benchmark.
 
     Cells: mean ± half the width of the 95 % interval, an arrow for above or below `full`, the best in bold
-    (Markdown's), and in brackets the paper's number where it has one. decimals: by default 2, of losses 4.
+    (Markdown's), and in brackets the paper's number where it has one. decimals: by default 2, of losses 4. records: the
+    folder of the records, to which each cell then leads by numbers from 1 on.
     """
+    from urllib.parse import quote
+
     import pandas as pd
 
     def cell(row: Any) -> str:
@@ -306,7 +309,9 @@ def paper_layout(table: pd.DataFrame, decimals: int | None = None) -> pd.DataFra
         text = f"**{text}**" if row.best else text
         if row.row not in ("full", "100", "vanilla") and not math.isnan(row.against_full):
             text += " ↑" if row.against_full > 0 else " ↓" if row.against_full < 0 else " ="
-        return text if pd.isna(row.reported) else f"{text} (paper {row.reported:.{places}f})"
+        text = text if pd.isna(row.reported) else f"{text} (paper {row.reported:.{places}f})"
+        names = row.records.split() if records else []
+        return " ".join([text, *(f"[{i}]({records}/evaluate-{quote(name)}.json)" for i, name in enumerate(names, 1))])
 
     shown = table.assign(cell=[cell(row) for row in table.itertuples()])
     lines = list(dict.fromkeys(zip(shown["model"], shown["row"])))
@@ -360,7 +365,8 @@ def write_paper_table(profile: Profile, table: str) -> list[Path]:
     long = paper_table(profile, table)
     shown = paper_layout(long)
     note = spread_note(long)
-    markdown = f"**{TABLES[table].title}.** {note}\n\n{shown.to_markdown(index=False, disable_numparse=True)}"
+    linked = paper_layout(long, records="../records").to_markdown(index=False, disable_numparse=True)
+    markdown = f"**{TABLES[table].title}.** {note} The numbers behind a cell lead to its records.\n\n{linked}"
     likelihoods = log_likelihoods(long)
     if len(likelihoods):
         below = paper_layout(likelihoods, decimals=3).to_markdown(index=False, disable_numparse=True)

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -307,6 +308,22 @@ def test_files_are_the_same_bytes_when_they_are_made_again(tmp_path: Path) -> No
     assert list(table.columns) == tables.PAPER_COLUMNS
     table = table.fillna({"records": "", "spread": ""})  # an average has no records of its own
     pd.testing.assert_frame_equal(table, paper_table(profile, "table1"), check_dtype=False)
+
+
+def test_cells_lead_to_their_records(tmp_path: Path) -> None:
+    """One of each training seed, as a link from the Markdown table."""
+    profile = small_profile(tmp_path, families=TWO_FAMILIES)
+    measure(profile, right_answers(by_method))
+    markdown = write_paper_table(profile, "table1")[1]
+    (line,) = [line for line in markdown.read_text().splitlines() if line.startswith("| m ") and "| alps" in line]
+    row = paper_table(profile, "table1").query("row == 'alps'").set_index("column")
+    for cell, column in zip(line.split("|")[3:], row.index):
+        links = re.findall(r" \[(\d)\]\(([^)]*)\)", cell)
+        names = row.loc[column, "records"].split()
+        assert [number for number, _ in links] == [str(i + 1) for i in range(len(names))]
+        found = [load_record((markdown.parent / unquote(path)).resolve()).name for _, path in links]
+        assert found == names
+        assert len(names) == (0 if column == "avg" else 3)
 
 
 def test_two_versions_of_the_measuring_code_are_not_mixed(tmp_path: Path) -> None:
