@@ -315,7 +315,7 @@ def test_cells_lead_to_their_records(tmp_path: Path) -> None:
     profile = small_profile(tmp_path, families=TWO_FAMILIES)
     measure(profile, right_answers(by_method))
     markdown = write_paper_table(profile, "table1")[1]
-    (line,) = [line for line in markdown.read_text().splitlines() if line.startswith("| m ") and "| alps" in line]
+    line, _ = (line for line in markdown.read_text().splitlines() if line.startswith("| m ") and "| alps" in line)
     row = paper_table(profile, "table1").query("row == 'alps'").set_index("column")
     for cell, column in zip(line.split("|")[3:], row.index):
         links = re.findall(r" \[(\d)\]\(([^)]*)\)", cell)
