@@ -29,6 +29,22 @@ VARIANTS = {
     "lora_128": "LoRA of rank 128 on q, k, v, this package's loss",
 }
 
+#: Other systems, by their adapter: on the same heads, or with as many weights.
+ADAPTED = {
+    "lora_matched": "lora",
+    "dora_matched": "dora",
+    "shira_matched": "shira",
+    "offsets": "offsets",
+    "jola": "jola",
+}
+VARIANTS |= {
+    "lora_matched": "LoRA on q, k, v with as many weights as 10 % of heads, this package's loss",
+    "dora_matched": "DoRA on q, k, v of the same rank, this package's loss",
+    "shira_matched": "SHiRA on q, k, v with as many entries, this package's loss",
+    "offsets": "an offset for each of 10 % of heads (LoFiT), this package's loss",
+    "jola": "JoLA, all heads, this package's loss",
+}
+
 
 def run(variant: str) -> dict:
     """One process's measurement."""
@@ -73,6 +89,13 @@ def run(variant: str) -> dict:
         from peft import LoraConfig, get_peft_model
 
         tuned = get_peft_model(model, LoraConfig(r=128, target_modules=["q_proj", "k_proj", "v_proj"]))
+    elif variant in ADAPTED:
+        from alps_repro.adapters import lora_weights
+        from alps_repro.methods import row_weights
+
+        rank = round(row_weights(heads) / lora_weights(layout))
+        heads = HeadSelection.all(layout) if variant == "jola" else heads
+        tuned = trainable(model, heads, "heads", adapter=ADAPTED[variant], rank=rank)
     taken: list[float] = []
 
     class Clock(TrainerCallback):
@@ -148,7 +171,7 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
     scores = 2 * sum(n * n for n in lengths) / len(lengths) * BATCH * attended
     forward = layers * (2 * tokens * linear + 2 * scores)
     output = 2 * answer_tokens * config.vocab_size * hidden
-    lowest = min(layer for layer, _ in heads) if variant == "alps_heads" else 0
+    lowest = min(layer for layer, _ in heads) if variant in ("alps_heads", "offsets") else 0
     backward = (layers - lowest) * (2 * tokens * linear + 4 * scores)
     everything = variant.startswith("full") or variant == "alps_all"
     own, trained = 0.0, total
@@ -159,9 +182,14 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
         own, trained = 2 * tokens * layers * qkv, layers * qkv
     elif variant == "alps_heads":
         own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
-    elif variant == "lora_128":
-        trained = layers * 128 * (3 * hidden + attended + 2 * shared)
+    elif variant in ("lora_128", "lora_matched", "dora_matched"):
+        one = layers * (3 * hidden + attended + 2 * shared)
+        trained = one * (128 if variant == "lora_128" else round(trained_rows(heads) / one))
         own, total = 6 * tokens * trained, total + trained
+    elif variant == "shira_matched":  # a product of its own, sparse
+        own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
+    elif variant in ADAPTED:  # some operations a number of the heads' results, which are not worth counting
+        trained = len(heads) * (2 * config.head_dim + 2 if variant == "jola" else config.head_dim)
     kept = 2 * hidden + 2 * attended + 2 * shared + 2 * wide + everything * (2 * hidden + wide)
     activations = (layers - lowest) * tokens * kept + 2 * answer_tokens * config.vocab_size
     return {
