@@ -186,13 +186,13 @@ def table(
             console.print(str(path), soft_wrap=True)
 
 
-@app.command("remove-models")
-def remove_models(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")]) -> None:
+@app.command()
+def tidy(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")]) -> None:
     """Remove the tuned models that nothing of a profile needs any more; records stay."""
     from alps_repro.recipe import Profile
-    from alps_repro.reproduce import remove_models as removed
+    from alps_repro.reproduce import remove_models
 
-    for path in removed(Profile.load(profile)):
+    for path in remove_models(Profile.load(profile)):
         console.print(f"removed {path}", soft_wrap=True)
 
 

@@ -357,6 +357,7 @@ COMMANDS = [
     "cite",
     "verify",
     "plan",
+    "tidy",
     "doctor",
 ]
 

@@ -379,7 +379,7 @@ def drawn(tmp_path: Path) -> Profile:
         tmp_path,
         models=["someone/small", "someone/large"],
         families={**TWO_FAMILIES, "kin": {"datasets": ["family_relationships"]}},
-        tables={"table1": {}, "table3": {}, "table4": {}},
+        tables={"table1": {}, "table3": {}, "table4": {}, "systems_200": {}, "systems_2000": {}},
         methods=["full", "no_attn", "random", "alps"],
     )
     measure(profile, right_answers(lambda cell, task: by_method(cell, task) - 0.1 * (1 - cell.run.ratio)))
