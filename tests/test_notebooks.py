@@ -201,6 +201,7 @@ IMPOSSIBLE = {
     "split": ("dev", "'split' is 'dev'"),
     "learning_rate": (0, "'learning_rate' is 0"),
     "max_steps": (0, "'max_steps' is 0"),
+    "examples": (0, "'examples' is 0"),
     "tasks": (["chainsum"], "did you mean 'chain_sum'"),
     "limit": (0, "'limit' is 0"),
     "batch_size": (0, "'batch_size' is 0"),
