@@ -187,7 +187,7 @@ def evaluate(
     template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
         tuned on. Offline tasks carry that template already and are never wrapped; prose is none to be answered.
     split: `validation` asks an offline task's other questions, for choosing settings; none of them is in `test`.
-    autocast: of `AUTOCASTS`; on processors with AMX, bfloat16 takes about two fifths of float32's time.
+    autocast: of `AUTOCASTS`; bfloat16 is the faster one on processors that multiply it (AMX).
     allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
         in this process, only generates it.
 

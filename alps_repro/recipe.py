@@ -436,8 +436,8 @@ class Profile(Settings):
             for name, settings in own.items():
                 method, at, ratio = name.partition("@")
                 one_of("method", method, ("default", *METHODS))
-                if at:
-                    check_ratio(float(ratio))
+                if at and not re.fullmatch(r"0\.\d+|1", ratio):
+                    raise ValueError(f"The recipe of '{name}' is for no ratio: write it like alps@0.3.")
                 Recipe.check(**{**self.recipe.model_dump(), **settings})
         for name in self.candidates:
             one_of("offline data set", name, OFFLINE)

@@ -231,7 +231,7 @@ def finetune(
     dtype = torch.float32 if scope == "all" or not gpu else None
     model, tokenizer = load_model(base, quantization, dtype=dtype)
     if precision == "bfloat16" and not gpu:
-        model.set_attn_implementation("eager")  # torch's fused attention is slow there, ten times in its backward pass
+        model.set_attn_implementation("eager")  # torch's fused attention is slow there
     layout = HeadLayout.of(model)
     rank = None
     adapter = METHODS[method].adapter if heads is None else "rows"

@@ -391,6 +391,8 @@ def test_defaults_of_a_profile(tmp_path: Path) -> None:
         ("recipes: {head: {alps: {}}}\n", "no scope 'head': did you mean 'heads'"),
         ("recipes: {alps: {learning_rate: 1}}\n", "recipes.alps.learning_rate"),
         ("recipes: {heads: {random: {batch_size: 100}}}\n", "not a multiple"),
+        ("recipes: {heads: {alps@x: {}}}\n", "'alps@x' is for no ratio: write it like alps@0.3"),
+        ("recipes: {heads: {alpz@0.3: {}}}\n", "no method 'alpz': did you mean 'alps'"),
         ("recipes: {heads: {defaults: {}}}\n", "no method 'defaults': did you mean 'default'"),
         ("scopes: {alps: head}\n", "no scope 'head'"),
         ("scopes: {alpz: heads}\n", "no method 'alpz'"),
