@@ -14,13 +14,17 @@ from alps_repro.errors import UserError
 def execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
     """Execute a notebook and store the executed copy, whole or, where it failed, as `COPY.failed.ipynb`.
 
+    On the way it is `COPY.unfinished.ipynb`, which is left where the process is killed. Where that happens after the
+    run's record is written, the run is done and has no executed notebook.
+
     Raises:
         UserError: the notebook failed; the sentence is the error's own.
     """
     import papermill
 
     copy.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = copy.with_suffix(".failed.ipynb")
+    unfinished, failed = copy.with_suffix(".unfinished.ipynb"), copy.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
     try:
         made = papermill.execute_notebook(
             str(notebook),
@@ -31,7 +35,8 @@ def execute(notebook: Path, copy: Path, parameters: dict[str, Any]) -> None:
             extra_arguments=["--log-level=50"],
         )
     except papermill.PapermillExecutionError as error:
-        raise UserError(f"{copy.stem} failed: {error.ename}: {error.evalue} (see '{unfinished}')") from error
+        unfinished.replace(failed)
+        raise UserError(f"{copy.stem} failed: {error.ename}: {error.evalue} (see '{failed}')") from error
     for cell in made.cells:
         for output in cell.get("outputs", []):
             if output.output_type == "stream":  # of progress bars that overwrite their line, keep the last state

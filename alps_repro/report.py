@@ -376,7 +376,7 @@ class _Report:
         """Pages of the executed notebooks: {name of the copy: what is known of it}."""
         found = {}
         for path in sorted((self.results / "notebooks").glob("*.ipynb")):
-            if path.name.endswith(".failed.ipynb"):
+            if path.name.endswith((".failed.ipynb", ".unfinished.ipynb")):
                 continue
             notebook = json.loads(path.read_text())
             title = next((line[2:] for line in _sources(notebook) if line.startswith("# ")), path.stem)

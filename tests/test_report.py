@@ -80,6 +80,7 @@ def profile(path: Path) -> Profile:
         folder.mkdir(exist_ok=True)
         nbformat.write(notebook, folder / f"{name}.ipynb")
     (folder / "03_evaluate.failed.ipynb").write_text("half of it")
+    (folder / "03_evaluate.unfinished.ipynb").write_text("half of it")
     return profile
 
 
