@@ -23,6 +23,7 @@ BATCH = 16
 VARIANTS = {
     "alps_heads": "this package, scope heads, 10 % of heads",
     "alps_all": "this package, scope all, 10 % of heads",
+    "full_heads": "this package, scope heads, all heads",
     "full_answer_only": "full fine-tuning with this package's loss",
     "full_plain": "full fine-tuning as plain Trainer runs it",
     "masking_hooks": "q, k, v trainable whole, gradients masked by hooks, this package's loss",
@@ -46,102 +47,129 @@ VARIANTS |= {
 }
 
 
-def run(variant: str) -> dict:
-    """One process's measurement."""
-    from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: object, rows: object) -> tuple:
+    """What a variant trains of a model, the examples as it takes them, and what makes a batch of them.
 
-    from alps_repro import HeadLayout, HeadSelection, load_model
-    from alps_repro.data import training_examples
-    from alps_repro.training import Collate, tokenize, trainable
+    heads: the selection of 10 %. rows: as `training.tokenize` makes them.
+    """
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq
+
+    from alps_repro import HeadSelection
+    from alps_repro.training import Collate, trainable
     from alps_repro.tuner import AlpsModel
 
-    set_seed(0)
-    model, tokenizer = load_model("smollm2-135m")
-    model.config.use_cache = False
-    layout = HeadLayout.of(model)
-    heads = HeadSelection.random(layout, 0.1, seed=0)
-    rows = tokenize(training_examples("family_relationships", size=STEPS * BATCH), tokenizer, 2048)
-    collate = Collate(tokenizer.pad_token_id, "response")
-    tuned = model
+    layout, collate = heads.layout, Collate(tokenizer.pad_token_id, "response")
     if variant in ("alps_heads", "alps_all"):
         tuned = trainable(model, heads, variant.removeprefix("alps_"))
-    elif variant == "full_plain":
+        return tuned.model if isinstance(tuned, AlpsModel) else tuned, rows, collate
+    if variant == "full_heads":
+        return trainable(model, HeadSelection.all(layout), "heads"), rows, collate
+    if variant == "full_plain":
         tokenizer.padding_side = "right"
-        rows = Dataset.from_list(
-            [
-                {
-                    "input_ids": r["input_ids"],
-                    "labels": [-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :],
-                }
-                for r in rows
-            ]
-        )
-        collate = DataCollatorForSeq2Seq(tokenizer)
-    elif variant == "masking_hooks":
+        plain = [(row["input_ids"], row["prompt_length"]) for row in rows]
+        rows = Dataset.from_list([{"input_ids": ids, "labels": [-100] * n + ids[n:]} for ids, n in plain])
+        return model, rows, DataCollatorForSeq2Seq(tokenizer)
+    if variant == "masking_hooks":
         model.requires_grad_(False)
         for name, own in layout.selected_rows(heads).items():
             weight = model.model.get_submodule(name).weight
-            mask = torch.zeros(len(weight), 1)
+            mask = torch.zeros(len(weight), 1, device=weight.device)
             mask[own] = 1
             weight.requires_grad_(True).register_hook(lambda grad, mask=mask: grad * mask)
-    elif variant == "lora_128":
+    if variant == "lora_128":
         from peft import LoraConfig, get_peft_model
 
-        tuned = get_peft_model(model, LoraConfig(r=128, target_modules=["q_proj", "k_proj", "v_proj"]))
-    elif variant in ADAPTED:
+        lora = LoraConfig(r=128, target_modules=["q_proj", "k_proj", "v_proj"])
+        return get_peft_model(model, lora), rows, collate
+    if variant in ADAPTED:
         from alps_repro.adapters import lora_weights
         from alps_repro.methods import row_weights
 
         rank = round(row_weights(heads) / lora_weights(layout))
         heads = HeadSelection.all(layout) if variant == "jola" else heads
-        tuned = trainable(model, heads, "heads", adapter=ADAPTED[variant], rank=rank)
+        return trainable(model, heads, "heads", adapter=ADAPTED[variant], rank=rank), rows, collate
+    return model, rows, collate
+
+
+def train(tuned: torch.nn.Module, rows: object, collate: object, **arguments: object) -> dict:
+    """Train for as many steps as the rows are enough for; seconds of all but the first, and bytes.
+
+    arguments: of `TrainingArguments`, beside those that all have in common.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     taken: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs) -> None:
-            self.start = time.perf_counter()
+            self.start = now()
 
         def on_step_end(self, *args, **kwargs) -> None:
-            taken.append(time.perf_counter() - self.start)
+            taken.append(now() - self.start)
 
         def on_pre_optimizer_step(self, *args, model=None, **kwargs) -> None:
             self.gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
 
     clock = Clock()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    status = Path("/proc/self/status").read_text()
-    before = int(status.split("VmRSS:")[1].split()[0]) * 1024 - sum(p.nbytes for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model=tuned.model if isinstance(tuned, AlpsModel) else tuned,
+            model=tuned,
             args=TrainingArguments(
                 output_dir=folder,
-                per_device_train_batch_size=BATCH,
-                max_steps=STEPS,
+                num_train_epochs=1,
                 learning_rate=1e-4,
                 weight_decay=0.1,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=True,
                 remove_unused_columns=False,
+                **arguments,
             ),
             train_dataset=rows,
             data_collator=collate,
             callbacks=[clock],
         )
         trainer.train()
-    status = Path("/proc/self/status").read_text()
     state = trainer.optimizer.optimizer.state.values()
     return {
         "seconds": taken[1:],
         "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         "gradient_bytes": clock.gradients,
         "optimizer_bytes": sum(t.nbytes for s in state for t in s.values() if torch.is_tensor(t)),
+    }
+
+
+def run(variant: str) -> dict:
+    """One process's measurement."""
+    from transformers import set_seed
+
+    from alps_repro import HeadLayout, HeadSelection, load_model
+    from alps_repro.data import training_examples
+    from alps_repro.training import tokenize
+
+    set_seed(0)
+    model, tokenizer = load_model("smollm2-135m")
+    model.config.use_cache = False
+    heads = HeadSelection.random(HeadLayout.of(model), 0.1, seed=0)
+    rows = tokenize(training_examples("family_relationships", size=STEPS * BATCH), tokenizer, 2048)
+    counted = floor(variant, model.config, heads, rows)
+    tuned, rows, collate = prepare(variant, model, tokenizer, heads, rows)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    status = Path("/proc/self/status").read_text()
+    before = int(status.split("VmRSS:")[1].split()[0]) * 1024 - sum(p.nbytes for p in model.parameters())
+    found = train(tuned, rows, collate, per_device_train_batch_size=BATCH, use_cpu=True)
+    status = Path("/proc/self/status").read_text()
+    return {
+        **found,
         "interpreter_bytes": before,  # what is held without the weights: Python, its libraries, the data
         "peak_bytes": int(status.split("VmHWM:")[1].split()[0]) * 1024,
-        "floor": floor(variant, model.config, heads, rows),
+        "floor": counted,
     }
 
 
@@ -160,9 +188,7 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
     """
     layers, hidden, wide = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     lengths = [len(row["input_ids"]) for row in rows]
-    answers = [
-        len(r["input_ids"]) - r["prompt_length"] + 1 if "prompt_length" in r else len(r["input_ids"]) for r in rows
-    ]
+    answers = lengths if variant == "full_plain" else [len(r["input_ids"]) - r["prompt_length"] + 1 for r in rows]
     tokens, answer_tokens = sum(lengths) / len(lengths) * BATCH, sum(answers) / len(answers) * BATCH
     attended, shared = config.head_dim * config.num_attention_heads, config.head_dim * config.num_key_value_heads
     qkv = hidden * (attended + 2 * shared)
@@ -178,7 +204,7 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
     if everything:
         frozen = 0 if variant.startswith("full") else layers * qkv - trained_rows(heads)
         own, trained = 2 * tokens * (layers * linear - frozen) + output, total - frozen
-    elif variant == "masking_hooks":
+    elif variant in ("masking_hooks", "full_heads"):
         own, trained = 2 * tokens * layers * qkv, layers * qkv
     elif variant == "alps_heads":
         own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
