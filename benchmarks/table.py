@@ -1,4 +1,4 @@
-"""`results/benchmarks/table.md`, made from the benchmarks' JSON files."""
+"""The tables in `results/benchmarks`, made from the benchmarks' JSON files."""
 
 from __future__ import annotations
 
@@ -101,7 +101,70 @@ def harness(found: dict) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
+def gpu(found: dict) -> pd.DataFrame:
+    """Steps of the paper's models on a GPU, as a share of plain Trainer's full fine-tuning where a card holds that."""
+    rows = []
+    for model, variants in found["models"].items():
+        measured = {name: rounds for name, rounds in variants.items() if rounds}
+        seconds = {name: [s for one in rounds for s in one["seconds"]] for name, rounds in measured.items()}
+        full = median(seconds["full_plain"]) if "full_plain" in seconds else None
+        for name, rounds in measured.items():
+            peak, planned = median([one["peak_bytes"] for one in rounds]), rounds[0]["planned_bytes"]
+            rows.append(
+                {
+                    "model": model.split("/")[-1],
+                    "what is trained": found["variants"][name],
+                    "trained parameters": f"{rounds[0]['trained_parameters']:,}",
+                    "a step, s": spread(seconds[name], "", 3),
+                    "of full": f"{median(seconds[name]) / full:.2f}" if full else "–",
+                    "memory, GB": f"{peak / 1e9:.1f}",
+                    "planned, GB": f"{planned / 1e9:.1f}" if planned else "–",
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+#: The model that methods are compared on, and the measured variant that trains what an adapter trains.
+BENCH = "meta-llama/Llama-3.2-1B"
+MEASURED = {"shira": "shira_matched", "dora": "dora_matched", "offsets": "offsets", "jola": "jola"}
+
+
+def methods(found: dict) -> pd.DataFrame:
+    """Every method in scope heads: what it trains, which heads, of what base; trained parameters, and a step's time."""
+    from alps_repro.adapters import ADAPTERS
+    from alps_repro.methods import METHODS
+    from alps_repro.plan import trained_parameters
+    from alps_repro.recipe import FinetuneConfig, LocalizeConfig
+
+    rows = []
+    for name, method in METHODS.items():
+        adapter = ADAPTERS[method.adapter]
+        asked = {"localization": LocalizeConfig.check(base=BENCH, task_model=BENCH)} if method.uses_scores else {}
+        config = FinetuneConfig.check(base=BENCH, dataset="alpaca", method=name, scope="heads", **asked)
+        least, most = (0, 0) if name == "no_attn" else trained_parameters(config)
+        variant = MEASURED.get(method.adapter)
+        if method.adapter == "rows":
+            variant = {"no_attn": None, "full": "full_heads"}.get(name, "alps_heads")
+        elif method.adapter == "lora":
+            variant = {"lora": "lora_128"}.get(name, name)
+        rounds = found["models"][BENCH][variant] if variant else []
+        rows.append(
+            {
+                "method": f"`{name}`",
+                "trains": method.about,
+                "base in": ", ".join(kind.replace("bit", " bit") for kind in adapter.quantized) or "full precision",
+                "parameters": f"{most:,}" if least == most else f"{least:,} to {most:,}",
+                "a step, s": f"{median([s for one in rounds for s in one['seconds']]):.3f}" if rounds else "–",
+                "from": method.source,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
+    found = json.loads((RESULTS / "gpu.json").read_text())
+    for name, table in (("gpu", gpu(found)), ("methods", methods(found))):
+        write_whole(RESULTS / f"{name}.md", table.to_markdown(index=False, disable_numparse=True) + "\n")
     rows = []
     for name, make in (("localization", localization), ("training", training), ("harness", harness)):
         rows += make(json.loads((RESULTS / f"{name}.json").read_text()))

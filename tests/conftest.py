@@ -1,8 +1,9 @@
-"""Settings for all tests: no network to the hub, no progress bars, caches of their own."""
+"""Settings for all tests: no network to the hub, no GPU, no progress bars."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what results are held against is computed on a CPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 

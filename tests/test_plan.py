@@ -329,3 +329,12 @@ def test_unknown_model_is_refused(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["plan", "papr"]).exception.args == (
         "There is no profile 'papr': did you mean 'paper'?",
     )
+
+
+def test_memory_on_a_gpu_is_no_less_than_was_measured() -> None:
+    """Steps of Llama-3.2-1B, as `benchmarks/gpu.py` measured them on a card."""
+    found = json.loads((ROOT / "results" / "benchmarks" / "gpu.json").read_text())["models"]
+    rounds = [one for variants in found.values() for own in variants.values() for one in own if one["planned_bytes"]]
+    assert len(rounds) >= 5
+    for one in rounds:
+        assert 1 <= one["planned_bytes"] / one["peak_bytes"] < 1.25

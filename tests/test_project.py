@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from alps_repro.claims import write_claims
 from alps_repro.cli import app
 from alps_repro.doctor import locked_versions
 from alps_repro.experiments import evaluations
+from alps_repro.methods import METHODS
 from alps_repro.recipe import Profile
 from alps_repro.records import load_records
 from alps_repro.runs import evaluate_run
@@ -70,10 +72,7 @@ def test_citation_names_package_and_paper():
     assert citation["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-def test_readme_shows_the_table_that_the_committed_records_make(tmp_path):
-    (name,) = re.findall(r"<!-- table: (results/reference/quick/tables/summary.md) -->", README)
-    shown = README.split(f"<!-- table: {name} -->\n")[1].split("<!-- end of table -->")[0].strip()
-    assert shown == (ROOT / name).read_text().strip()
+def test_summary_is_what_the_committed_records_make(tmp_path):
     made = tables.write(tables.summary(load_records(REFERENCE / "records", "evaluate")), tmp_path, "summary")
     for path in made:
         assert path.read_bytes() == (REFERENCE / "tables" / path.name).read_bytes()
@@ -90,9 +89,25 @@ def test_reference_is_of_the_profile_as_it_is(tmp_path):
         assert path.read_bytes() == (REFERENCE / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
-def test_readme_shows_the_table_of_the_benchmarks():
-    shown = README.split("<!-- table: results/benchmarks/table.md -->\n")[1].split("<!-- end of table -->")[0]
-    assert shown == (ROOT / "results" / "benchmarks" / "table.md").read_text()
+@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", README))
+def test_readme_shows_the_table(name):
+    shown = README.split(f"<!-- table: {name} -->\n")[1].split("<!-- end of table -->")[0].strip()
+    # In a results folder, cells link to the records beside it.
+    made = (ROOT / name).read_text().replace("](../records/", f"]({Path(name).parents[1]}/records/")
+    assert shown == made.strip()
+    for link in re.findall(r"\]\(([^)]+)\)", shown):
+        assert (ROOT / link).exists(), link
+
+
+def test_tables_of_the_benchmarks_are_of_their_measurements(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import table
+
+    found = json.loads((table.RESULTS / "gpu.json").read_text())
+    for name, made in (("gpu", table.gpu(found)), ("methods", table.methods(found))):
+        text = made.to_markdown(index=False, disable_numparse=True) + "\n"
+        assert text == (table.RESULTS / f"{name}.md").read_text()
+    assert {row.strip("`") for row in table.methods(found)["method"]} == set(METHODS)
 
 
 def test_reference_gains_what_a_profile_must_show():
