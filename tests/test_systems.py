@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from alps_repro.errors import UserError
 from alps_repro.evaluation import evaluate
 from alps_repro.hifi import correlation, hifi, page_rank, richness
 from alps_repro.methods import METHODS
-from alps_repro.recipe import FinetuneConfig, LocalizeConfig
+from alps_repro.recipe import FinetuneConfig, LocalizeConfig, Profile
 from alps_repro.runs import finetune_run, localize_run
 from alps_repro.scores import RESULT_METRICS
 from alps_repro.selectors import SELECTORS, batches, select_by
 from alps_repro.training import Collate
 from alps_repro.tuner import JolaConfig, JolaModel, LofitConfig, LofitModel, jola
 
+ROOT = Path(__file__).parents[1]
 SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
 
 #: Methods that train something else than rows.
@@ -276,3 +278,18 @@ def test_public_configurations_are_those_of_the_package() -> None:
     import alps_repro
 
     assert (alps_repro.JolaConfig, alps_repro.LofitConfig) == (JolaConfig, LofitConfig)
+
+
+def test_equal_time_is_that_of_the_measured_steps() -> None:
+    """Profile grid-time differs from grid by steps alone, and these by the bench alone."""
+    grid, timed = Profile.load("grid"), Profile.load("grid-time")
+    found = json.loads((ROOT / "results" / "benchmarks" / "gpu.json").read_text())["models"]["meta-llama/Llama-3.2-1B"]
+    seconds = {name: np.median([s for one in rounds for s in one["seconds"]]) for name, rounds in found.items()}
+    variants = {"rows": "alps_heads", "offsets": "offsets", "dora": "dora_matched", "shira": "shira_matched"}
+    for name in grid.methods:
+        kind = METHODS[name].adapter
+        variant = "full_heads" if name == "full" else name if kind == "lora" else variants.get(kind, "jola")
+        before, after = (profile.finetuning(profile.run(method=name)).recipe for profile in (grid, timed))
+        assert after == before.model_copy(update={"max_steps": round(80 * seconds["alps_heads"] / seconds[variant])})
+    own = {"recipes", "results", "search", "tables"}
+    assert timed.model_dump(exclude=own) == grid.model_dump(exclude=own)
