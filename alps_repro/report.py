@@ -673,7 +673,7 @@ claims.</p>
 
 {% if small %}
 <h3>What a model of 135 million parameters can tell about one of 8 billion</h3>
-<p>The paper's models have 1 to 8 billion parameters; these runs were made on a CPU with {{ models }}, in
+<p>The paper's models have 1 to 8 billion parameters; these runs were made with {{ models }}, in
 {{ small.steps }} steps a training, on {{ small.tasks }}. They can tell whether the method does as described (heads
 found, those and no others trained, the rest left bit by bit as it was), whether the heads that it finds serve better
 than others <i>here</i>, and how large an effect would have to be to show. A claim about attention heads in general that
