@@ -8,6 +8,7 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -96,7 +97,7 @@ def test_readme_shows_the_table(name):
     made = (ROOT / name).read_text().replace("](../records/", f"]({Path(name).parents[1]}/records/")
     assert shown == made.strip()
     for link in re.findall(r"\]\(([^)]+)\)", shown):
-        assert (ROOT / link).exists(), link
+        assert (ROOT / unquote(link)).exists(), link
 
 
 def test_tables_of_the_benchmarks_are_of_their_measurements(tmp_path, monkeypatch):
