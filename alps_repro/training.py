@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alps_repro.adapters import ADAPTERS, Target
-from alps_repro.checkpoints import QUANTIZATIONS, load_model, resolve
+from alps_repro.checkpoints import ADAPTER, QUANTIZATIONS, load_model, resolve
 from alps_repro.data import OFFLINE, PROMPT, data_hash, offline_splits, training_examples
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
@@ -468,6 +468,10 @@ def _save(tuned: torch.nn.Module, tokenizer: Any, output: Path, base: str) -> No
         tuned.peft_config["default"].base_model_name_or_path = base
         tuned.save_pretrained(beside, save_embedding_layers=False)
         (beside / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        config = json.loads((beside / ADAPTER).read_text())
+        if isinstance(config.get("target_modules"), list):  # a set within peft: in another order in every process
+            config["target_modules"].sort()
+            (beside / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True))
     else:
         model = tuned.merge_and_unload() if isinstance(tuned, AlpsModel) else tuned
         model.save_pretrained(beside)

@@ -248,6 +248,14 @@ def test_same_seed_same_bytes(scope: str, base_of: Any, tmp_path: Path) -> None:
     assert chosen.heads != first.heads
 
 
+def test_saved_modules_are_in_one_order(base_of: Any, tmp_path: Path) -> None:
+    """They are a set within peft, whose order is another in every process."""
+    made = run(base_of("llama"), tmp_path / "tuned", method="lora", scope="heads")
+    modules = json.loads((made.path / "adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules)
+    assert len(modules) == 6
+
+
 @pytest.mark.parametrize(
     ("name", "method", "scope", "stop"),  # stop: forward pass, two a step, ten an epoch
     [
