@@ -199,7 +199,7 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
     output = 2 * answer_tokens * config.vocab_size * hidden
     lowest = min(layer for layer, _ in heads) if variant in ("alps_heads", "offsets") else 0
     backward = (layers - lowest) * (2 * tokens * linear + 4 * scores)
-    everything = variant.startswith("full") or variant == "alps_all"
+    everything = variant in ("full_plain", "full_answer_only", "alps_all")
     own, trained = 0.0, total
     if everything:
         frozen = 0 if variant.startswith("full") else layers * qkv - trained_rows(heads)
@@ -215,7 +215,8 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
     elif variant == "shira_matched":  # a product of its own, sparse
         own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
     elif variant in ADAPTED:  # some operations a number of the heads' results, which are not worth counting
-        trained = len(heads) * (2 * config.head_dim + 2 if variant == "jola" else config.head_dim)
+        every = layers * config.num_attention_heads
+        trained = every * (2 * config.head_dim + 2) if variant == "jola" else len(heads) * config.head_dim
     kept = 2 * hidden + 2 * attended + 2 * shared + 2 * wide + everything * (2 * hidden + wide)
     activations = (layers - lowest) * tokens * kept + 2 * answer_tokens * config.vocab_size
     return {

@@ -111,6 +111,15 @@ def test_tables_of_the_benchmarks_are_of_their_measurements(tmp_path, monkeypatc
     assert {row.strip("`") for row in table.methods(found)["method"]} == set(METHODS)
 
 
+@pytest.mark.parametrize("name", ["cpu", "grid"])
+def test_committed_tables_and_claims_are_what_the_records_make(name, tmp_path):
+    (tmp_path / "records").symlink_to(ROOT / "results" / name / "records")
+    profile = Profile.load(name, results=str(tmp_path))
+    made = [path for table in tables.of_profile(profile) for path in tables.write_paper_table(profile, table)]
+    for path in made + write_claims(profile):
+        assert path.read_bytes() == (ROOT / "results" / name / path.relative_to(tmp_path)).read_bytes(), path.name
+
+
 def test_reference_gains_what_a_profile_must_show():
     table = tables.summary(load_records(REFERENCE / "records", "evaluate")).set_index("method")
     assert table.loc["full", "score"] - table.loc["vanilla", "score"] >= 20
