@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments import SIZES, cells
+from alps_repro.heads import head_count
+from alps_repro.importance import highest_places
 from alps_repro.methods import METHODS
 from alps_repro.recipe import FinetuneConfig, Profile
 from alps_repro.records import Record, load_record, record_path
@@ -26,6 +31,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 #: The same without black, and two more, for figures of many lines.
 MANY_COLOURS = (*COLOURS[:6], "#882255", "#777777")
+
+_MARKERS, _LINES = "os^Dv<>Ph*", ("-", "--", "-.", ":")
 
 
 def loss_curves(records: Iterable[Record]) -> Figure:
@@ -66,6 +73,107 @@ def loss_curves(records: Iterable[Record]) -> Figure:
         handles, labels = axes.get_legend_handles_labels()
         labels = [f"{label}: {kinds[label]} runs" for label in labels]
         axes.legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def recall(table: pd.DataFrame, share: float = 0.1) -> Figure:
+    """Recall against factor, a panel per head matrix, a line per metric; bars span the seeds.
+
+    table: as `alps_repro.importance.recall_by_metric` gives it. share: of the heads that were moved, which is what
+        chance finds.
+    """
+    from matplotlib.figure import Figure
+
+    kinds, metrics = list(dict.fromkeys(table["head_matrix"])), list(dict.fromkeys(table["metric"]))
+    figure = Figure(figsize=(1.5 + 3.3 * len(kinds), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds):
+        for i, metric in enumerate(metrics):
+            own = table[(table["head_matrix"] == kind) & (table["metric"] == metric)]
+            found = own.groupby("factor")["recall"].agg(["mean", "min", "max"])
+            # Each metric a little to the side, so that equal ones do not hide each other.
+            aside = 1 + 0.012 * (i - (len(metrics) - 1) / 2)
+            axes.errorbar(
+                found.index.to_numpy() * aside,
+                found["mean"],
+                yerr=[found["mean"] - found["min"], found["max"] - found["mean"]],
+                color=COLOURS[i % len(COLOURS)],
+                marker=_MARKERS[i % len(_MARKERS)],
+                linestyle=_LINES[i % len(_LINES)],
+                markersize=5,
+                lw=1.3,
+                elinewidth=0.8,
+                label=metric,
+            )
+        axes.axhline(share, color="0.5", lw=1, dashes=(1, 2), label="chance")
+        factors = sorted(set(table["factor"]))
+        axes.set_xscale("log")
+        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_title(kind, fontsize=10)
+        axes.set_xlabel("how many times further they moved")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("share of the moved heads found")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def importance(importance: np.ndarray, scores: np.ndarray, name: str, ratio: float = 0.1) -> Figure:
+    """Each head's importance against its score, with the highest heads by each marked.
+
+    importance, scores: (layers, heads); name: of the scores. ratio: share of heads in each top set.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    x, y, top = scores.ravel(), importance.ravel(), head_count(ratio, scores.size)
+    by_score, by_importance = (np.isin(np.arange(x.size), highest_places(values, top)) for values in (x, y))
+    figure = Figure(figsize=(6.0, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    # A few heads are far ahead of the rest in both, so both are spaced by ratio; importance, which may be below zero,
+    # only where it is beyond most. A few scores that are next to nothing would leave no room for the others.
+    label_x, middle = f"score: {name}", float(np.median(np.abs(y)))
+    lowest = np.percentile(x, 2.5)
+    if lowest > 0 and x.max() > 10 * lowest:
+        x, label_x = np.maximum(x, lowest), f"{label_x}; the lowest fortieth at the left edge"
+        axes.set_xscale("log")
+        if x.max() < 100 * lowest:  # powers of ten alone would leave an axis with one number or none
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    if middle > 0:
+        axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(middle)))
+    axes.axhline(0, color="0.6", lw=0.8)
+    for label, chosen, colour, marker, size in (
+        ("neither", ~by_score & ~by_importance, "0.55", ".", 22),
+        ("score only", by_score & ~by_importance, COLOURS[1], "^", 34),
+        ("importance only", ~by_score & by_importance, COLOURS[0], "s", 30),
+        ("both", by_score & by_importance, COLOURS[6], "*", 80),
+    ):
+        axes.scatter(
+            x[chosen],
+            y[chosen],
+            s=size,
+            marker=marker,
+            color=colour,
+            alpha=0.85,
+            linewidths=0,
+            label=f"{label} ({chosen.sum()})",
+        )
+    axes.set_xlabel(label_x)
+    axes.set_ylabel("importance: loss added, nats per token")
+    axes.grid(alpha=0.25)
+    figure.legend(
+        title=f"in the top {ratio:.0%} by",
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        title_fontsize=9,
+        columnspacing=1.5,
+        handletextpad=0.2,
+    )
     return figure
 
 

@@ -25,7 +25,6 @@ from alps_repro.scores import METRICS, HeadScores, localize
 if TYPE_CHECKING:
     import pandas as pd
     import torch
-    from matplotlib.figure import Figure
 
 #: What can be compared, as arguments of `localize`: every metric, and PAD on the ground that the paper leaves open.
 READINGS: dict[str, dict[str, str]] = {
@@ -209,7 +208,7 @@ def moved(
     return truth
 
 
-def _highest(values: np.ndarray, count: int) -> np.ndarray:
+def highest_places(values: np.ndarray, count: int) -> np.ndarray:
     """The places of the highest values in the flattened array; ties as in `HeadScores.top`."""
     return np.argsort(-values, axis=None, kind="stable")[:count]
 
@@ -227,7 +226,7 @@ def recall(scores: HeadScores, truth: HeadSelection) -> float:
     if not len(truth):
         raise UserError("No head was moved, so there is none to be found: move at least one.")
     places = {layer * truth.layout.heads + head for layer, head in truth}
-    return len(places.intersection(_highest(scores.values, len(truth)).tolist())) / len(truth)
+    return len(places.intersection(highest_places(scores.values, len(truth)).tolist())) / len(truth)
 
 
 def recall_by_metric(
@@ -339,7 +338,7 @@ def correlations(
         with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
             return centred / np.linalg.norm(centred, axis=1, keepdims=True)
 
-    own, highest = ranks(importance), set(_highest(importance, top).tolist())
+    own, highest = ranks(importance), set(highest_places(importance, top).tolist())
     rows = []
     for metric, values in scores.items():
         if values.shape != importance.shape:
@@ -348,7 +347,7 @@ def correlations(
                 "compare heads of the same model."
             )
         low, high = np.nanpercentile((ranks(values) * own).sum(1), [2.5, 97.5])
-        overlap = len(highest.intersection(_highest(values, top).tolist()))
+        overlap = len(highest.intersection(highest_places(values, top).tolist()))
         rows.append(
             {
                 "metric": metric,
@@ -363,107 +362,3 @@ def correlations(
             }
         )
     return pd.DataFrame(rows)
-
-
-# --- figures --------------------------------------------------------------------------------------------------------
-
-_MARKERS, _LINES = "os^Dv<>Ph*", ("-", "--", "-.", ":")
-
-
-def recall_figure(table: pd.DataFrame, share: float = 0.1) -> Figure:
-    """Recall against factor, a panel per head matrix, a line per metric; bars span the seeds.
-
-    table: as `recall_by_metric` gives it. share: of the heads that were moved, which is what chance finds.
-    """
-    from matplotlib.figure import Figure
-
-    from alps_repro.figures import COLOURS
-
-    kinds, metrics = list(dict.fromkeys(table["head_matrix"])), list(dict.fromkeys(table["metric"]))
-    figure = Figure(figsize=(1.5 + 3.3 * len(kinds), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, kind in zip(panels, kinds):
-        for i, metric in enumerate(metrics):
-            own = table[(table["head_matrix"] == kind) & (table["metric"] == metric)]
-            found = own.groupby("factor")["recall"].agg(["mean", "min", "max"])
-            # Each metric a little to the side, so that equal ones do not hide each other.
-            aside = 1 + 0.012 * (i - (len(metrics) - 1) / 2)
-            axes.errorbar(
-                found.index.to_numpy() * aside,
-                found["mean"],
-                yerr=[found["mean"] - found["min"], found["max"] - found["mean"]],
-                color=COLOURS[i % len(COLOURS)],
-                marker=_MARKERS[i % len(_MARKERS)],
-                linestyle=_LINES[i % len(_LINES)],
-                markersize=5,
-                lw=1.3,
-                elinewidth=0.8,
-                label=metric,
-            )
-        axes.axhline(share, color="0.5", lw=1, dashes=(1, 2), label="chance")
-        factors = sorted(set(table["factor"]))
-        axes.set_xscale("log")
-        axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
-        axes.minorticks_off()
-        axes.set_ylim(-0.03, 1.05)
-        axes.set_title(kind, fontsize=10)
-        axes.set_xlabel("how many times further they moved")
-        axes.grid(alpha=0.25)
-    panels[0].set_ylabel("share of the moved heads found")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    return figure
-
-
-def importance_figure(importance: np.ndarray, scores: np.ndarray, name: str, ratio: float = 0.1) -> Figure:
-    """Each head's importance against its score, with the highest heads by each marked.
-
-    importance, scores: (layers, heads); name: of the scores. ratio: share of heads in each top set.
-    """
-    from matplotlib.figure import Figure
-
-    from alps_repro.figures import COLOURS
-
-    x, y, top = scores.ravel(), importance.ravel(), head_count(ratio, scores.size)
-    by_score, by_importance = (np.isin(np.arange(x.size), _highest(values, top)) for values in (x, y))
-    figure = Figure(figsize=(6.0, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    # A few heads are far ahead of the rest in both, so both are spaced by ratio; importance, which may be below zero,
-    # only where it is beyond most. A few scores that are next to nothing would leave no room for the others.
-    label_x, middle = f"score: {name}", float(np.median(np.abs(y)))
-    lowest = np.percentile(x, 2.5)
-    if lowest > 0 and x.max() > 10 * lowest:
-        x, label_x = np.maximum(x, lowest), f"{label_x}; the lowest fortieth at the left edge"
-        axes.set_xscale("log")
-    if middle > 0:
-        axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(middle)))
-    axes.axhline(0, color="0.6", lw=0.8)
-    for label, chosen, colour, marker, size in (
-        ("neither", ~by_score & ~by_importance, "0.55", ".", 22),
-        ("score only", by_score & ~by_importance, COLOURS[1], "^", 34),
-        ("importance only", ~by_score & by_importance, COLOURS[0], "s", 30),
-        ("both", by_score & by_importance, COLOURS[6], "*", 80),
-    ):
-        axes.scatter(
-            x[chosen],
-            y[chosen],
-            s=size,
-            marker=marker,
-            color=colour,
-            alpha=0.85,
-            linewidths=0,
-            label=f"{label} ({chosen.sum()})",
-        )
-    axes.set_xlabel(label_x)
-    axes.set_ylabel("importance: loss added, nats per token")
-    axes.grid(alpha=0.25)
-    figure.legend(
-        title=f"in the top {ratio:.0%} by",
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-        title_fontsize=9,
-        columnspacing=1.5,
-        handletextpad=0.2,
-    )
-    return figure

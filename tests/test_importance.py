@@ -19,18 +19,16 @@ from scipy.stats import kendalltau, spearmanr
 from test_heads import Probe
 from tiny_models import TINY, tiny_checkpoint, tiny_model
 
-from alps_repro import AlpsConfig, HeadLayout, HeadScores, HeadSelection, UserError, localize
+from alps_repro import AlpsConfig, HeadLayout, HeadScores, HeadSelection, UserError, figures, localize
 from alps_repro.importance import (
     COMPARED,
     READINGS,
     correlations,
     importance,
-    importance_figure,
     moved,
     peaks,
     recall,
     recall_by_metric,
-    recall_figure,
 )
 from alps_repro.scores import METRICS
 from alps_repro.training import Collate
@@ -389,7 +387,7 @@ def png(figure: Any) -> bytes:
 
 @pytest.mark.filterwarnings("error")
 def test_recall_figure_shows_every_metric(table):
-    figure = recall_figure(table)
+    figure = figures.recall(table)
     assert [axes.get_title() for axes in figure.axes] == ["product", "concat", "released"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == sorted([*COMPARED, "chance"])
@@ -404,7 +402,7 @@ def test_importance_figure_marks_the_highest(shape, kind):
     truth, scores = (
         (draw.normal(size=shape), draw.lognormal(-14, 2, shape)) if kind == "random" else np.zeros((2, *shape))
     )
-    figure = importance_figure(truth, scores, "pad")
+    figure = figures.importance(truth, scores, "pad")
     (axes,) = figure.axes
     counts = [len(dots.get_offsets()) for dots in axes.collections]
     top = math.ceil(0.1 * truth.size)
@@ -414,10 +412,8 @@ def test_importance_figure_marks_the_highest(shape, kind):
 
 
 def test_figures_are_the_same_bytes_again(table, tmp_path):
-    from alps_repro import figures
-
     for folder in ("once", "again"):
-        figures.save(recall_figure(table), tmp_path / folder, "recall")
+        figures.save(figures.recall(table), tmp_path / folder, "recall")
     once, again = (sorted(Path(tmp_path / folder).iterdir()) for folder in ("once", "again"))
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
 
