@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,41 +40,50 @@ _MARKERS, _LINES = "os^Dv<>Ph*", ("-", "--", "-.", ":")
 def loss_curves(records: Iterable[Record]) -> Figure:
     """Training loss in nats per counted token against the optimizer step, one line a run.
 
-    Many runs are told apart by method (colour) and scope (dashed: heads) alone.
+    Of many runs, a panel per data set, with the median over the runs of each method and scope.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
 
-    runs = [r for r in records if isinstance(r.config, FinetuneConfig) and r.result.get("losses")]
+    found = [(r.config, r.result["losses"]) for r in records if isinstance(r.config, FinetuneConfig)]
+    runs = [(config, losses) for config, losses in found if losses]
     few = len(runs) <= len(COLOURS)
-    figure = Figure(figsize=(6.4 if few else 8.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    kinds: dict[str, int] = {}
-    for i, record in enumerate(runs):
-        config, losses = record.config, record.result["losses"]
-        kind = f"{config.method} (scope {config.scope})"
-        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "lw": 1.6}
-        if not few:
-            dashed = (0, (2, 1)) if config.scope == "heads" else "-"
-            colour = MANY_COLOURS[list(METHODS).index(config.method) % len(MANY_COLOURS)]
-            look = {"color": colour, "lw": 0.7, "ls": dashed, "alpha": 0.7}
-        label = f"{config.method} (scope {config.scope}, seed {config.seed})" if few else kind
-        shown = label if few or kind not in kinds else None
-        kinds[kind] = kinds.get(kind, 0) + 1
-        axes.plot(range(1, len(losses) + 1), losses, label=shown, **look)
-    axes.set_yscale("log")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss, nats per token")
-    axes.yaxis.set_major_locator(LogLocator(base=2))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(alpha=0.25)
+    lines: dict[str, dict[str, list[list[float]]]] = {}
+    for config, losses in runs:
+        seed = f", seed {config.seed}" if few else ""
+        label = f"{config.method} (scope {config.scope}{seed})"
+        lines.setdefault(label, {}).setdefault("" if few else config.dataset, []).append(losses)
+    datasets = sorted({dataset for line in lines.values() for dataset in line})
+    across, down = min(len(datasets), 3), math.ceil(len(datasets) / 3)
+    width, height = max(2.9 * across, 5.2), max(2.5 * down, 3.6)
+    figure = Figure(figsize=(width if few else width + 2.6, height), layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, squeeze=False).ravel()
+    for i, (label, line) in enumerate(lines.items()):
+        look = {"color": MANY_COLOURS[i % len(MANY_COLOURS)], "ls": _LINES[i // len(MANY_COLOURS) % len(_LINES)]}
+        for dataset, alike in line.items():
+            middle = [statistics.median(loss for loss in step if loss is not None) for step in zip_longest(*alike)]
+            axes = panels[datasets.index(dataset)]
+            axes.plot(range(1, len(middle) + 1), middle, lw=1.6 if few else 1.1, label=label, **look)
+    for axes, dataset in zip(panels, datasets):
+        axes.set_title(dataset, fontsize=10)
+        axes.set_yscale("log")
+        axes.set_xlabel("optimizer step")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.grid(alpha=0.25)
+    for axes in panels[len(datasets) :]:
+        axes.set_axis_off()
+    for axes in panels[::across]:
+        axes.set_ylabel("training loss, nats per token")
     if few:
-        axes.legend(frameon=False)
+        panels[0].legend(frameon=False)
     else:
-        handles, labels = axes.get_legend_handles_labels()
-        labels = [f"{label}: {kinds[label]} runs" for label in labels]
-        axes.legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels())}
+        runs_of = [f"{label}: {sum(map(len, lines[label].values()))} runs" for label in lines]
+        figure.legend(
+            [handles[label] for label in lines], runs_of, loc="outside right center", frameon=False, fontsize=8
+        )
     return figure
 
 
