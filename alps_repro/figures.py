@@ -1,4 +1,4 @@
-"""Figures, made from records alone; `FIGURES` holds the paper's."""
+"""Figures of records, of scores held against truth and of the paper's own numbers; `FIGURES` holds the paper's."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from alps_repro.experiments import SIZES, cells
 from alps_repro.heads import head_count
 from alps_repro.importance import highest_places
 from alps_repro.methods import METHODS
+from alps_repro.paper import LABELS, differences
 from alps_repro.recipe import FinetuneConfig, Profile
 from alps_repro.records import Record, load_record, record_path
 from alps_repro.tables import paper_table
@@ -185,6 +186,42 @@ def importance(importance: np.ndarray, scores: np.ndarray, name: str, ratio: flo
         columnspacing=1.5,
         handletextpad=0.2,
     )
+    return figure
+
+
+def paper_differences(against: Sequence[str] = ("full", "random"), threshold: float = 1.96) -> Figure:
+    """`alps_repro.paper.differences()` as points with bars of `threshold` standard errors, a panel a model."""
+    from matplotlib.figure import Figure
+
+    found = differences(against, threshold)
+    models, benchmarks = found["model"].unique(), found["benchmark"].unique()
+    figure = Figure(figsize=(7.4, 3.2 + 0.4 * len(against)), layout="constrained")
+    panels = figure.subplots(1, len(models), sharex=True, sharey=True)
+    apart = 0.3 if len(against) < 3 else 0.7 / len(against)
+    for axes, model in zip(panels, models):
+        axes.axvline(0, color="0.35", lw=0.8)
+        for i, method in enumerate(against):
+            part = found[(found["model"] == model) & (found["against"] == method)]
+            middle = (len(against) - 1) / 2
+            axes.errorbar(
+                part["difference"],
+                [row + (i - middle) * apart for row in range(len(benchmarks))],
+                xerr=threshold * part["standard_error"],
+                fmt="osD^v"[i],
+                color=COLOURS[i],
+                ms=4,
+                lw=1.2,
+                capsize=2,
+                label=f"alps − {method}",
+            )
+        axes.set_title(model, fontsize=10)
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(axis="y", length=0)
+    panels[0].set_yticks(range(len(benchmarks)), [LABELS[name] for name in benchmarks])
+    panels[0].invert_yaxis()
+    figure.supxlabel(f"points, ± {threshold:g} standard errors of a difference", fontsize=10)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=min(3, len(against)), frameon=False)
     return figure
 
 

@@ -17,7 +17,6 @@ from alps_repro.errors import UserError, one_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 NUMBERS = Path(__file__).parent / "reported.csv"
 
@@ -402,41 +401,3 @@ LABELS = {
     "mbpp_plus": "MBPP+",
     "arc_challenge": "ARC-C",
 }
-
-
-def difference_figure(against: Sequence[str] = ("full", "random"), threshold: float = 1.96) -> Figure:
-    """`differences()` as points with bars of `threshold` standard errors, a panel a model."""
-    from matplotlib.figure import Figure
-
-    from alps_repro.figures import COLOURS
-
-    found = differences(against, threshold)
-    models, benchmarks = found["model"].unique(), found["benchmark"].unique()
-    figure = Figure(figsize=(7.4, 3.2 + 0.4 * len(against)), layout="constrained")
-    panels = figure.subplots(1, len(models), sharex=True, sharey=True)
-    apart = 0.3 if len(against) < 3 else 0.7 / len(against)
-    for axes, model in zip(panels, models):
-        axes.axvline(0, color="0.35", lw=0.8)
-        for i, method in enumerate(against):
-            part = found[(found["model"] == model) & (found["against"] == method)]
-            middle = (len(against) - 1) / 2
-            axes.errorbar(
-                part["difference"],
-                [row + (i - middle) * apart for row in range(len(benchmarks))],
-                xerr=threshold * part["standard_error"],
-                fmt="osD^v"[i],
-                color=COLOURS[i],
-                ms=4,
-                lw=1.2,
-                capsize=2,
-                label=f"alps − {method}",
-            )
-        axes.set_title(model, fontsize=10)
-        axes.grid(axis="x", alpha=0.25)
-        axes.tick_params(axis="y", length=0)
-    panels[0].set_yticks(range(len(benchmarks)), [LABELS[name] for name in benchmarks])
-    panels[0].invert_yaxis()
-    figure.supxlabel(f"points, ± {threshold:g} standard errors of a difference", fontsize=10)
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=min(3, len(against)), frameon=False)
-    return figure

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 from scipy.stats import binom
 
-from alps_repro import paper
+from alps_repro import figures, paper
 from alps_repro.errors import UserError
 
 MODELS = ["Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"]
@@ -264,7 +264,7 @@ def test_impossible_comparisons(given: dict, message: str) -> None:
 
 
 def test_figure_shows_the_differences() -> None:
-    figure = paper.difference_figure(["random"], threshold=2)
+    figure = figures.paper_differences(["random"], threshold=2)
     found = paper.differences(["random"])
     assert [axes.get_title() for axes in figure.axes] == MODELS
     for axes, model in zip(figure.axes, MODELS):
