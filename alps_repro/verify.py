@@ -70,13 +70,18 @@ class Verification:
         if not self.environment:
             place = ["Processor, threads, code and package versions are the record's: every number has to be equal."]
         else:
-            place = ["This is not where the record was made, so numbers may differ in their last digits:"]
+            place = ["This is not where the record was made, so numbers may differ, and more after training:"]
         right = [line for line in self.checked if line not in self.wrong]
         marked = [f"  {line}" for line in right] + [f"  WRONG {line}" for line in self.wrong[:SHOWN]]
         if len(self.wrong) > SHOWN:
             marked.append(f"  and {len(self.wrong) - SHOWN} more")
         wanted = "holds" if self.environment else "is reproduced bit for bit"
         verdict = f"The record {wanted}." if self.holds else "The record does not hold: see what is marked WRONG."
+        if self.environment and not self.holds:
+            verdict += (
+                " The intervals are over questions, and do not hold what another machine's rounding does to training: "
+                "its table's interval over seeds says how far runs lie apart."
+            )
         return [*place, *(f"  {line}" for line in self.environment), *marked, verdict]
 
 

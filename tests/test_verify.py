@@ -113,6 +113,7 @@ def test_changed_metric_outside_its_interval_is_found_out_elsewhere(doctored: An
     (line,) = found.wrong
     assert line.startswith("chain_sum exact_match,strict-match: 0.75 in the record, 0 here, outside 0.409")
     assert line.endswith("(Wilson's 95 % interval over 8 questions)")
+    assert found.told()[-1].endswith("its table's interval over seeds says how far runs lie apart.")
 
 
 def test_changed_metric_with_a_standard_error_is_held_by_three(doctored: Any) -> None:
