@@ -376,6 +376,7 @@ class Search(Settings):
 class Profile(Settings):
     """The grid of runs behind the paper's tables; `profiles/NAME.yaml` holds the differences from these defaults."""
 
+    about: str = Field("", description="what it is for, as its report says")
     results: str
     models: tuple[str, ...] = Field(min_length=1)
     families: dict[str, Family] = Field(min_length=1)

@@ -105,6 +105,7 @@ class _Report:
             "index.html",
             "index",
             title=f"ALPS reproduced: {self.name}",
+            about=self.profile.about,
             tables=shown,
             times=self._times(),
             claims=self._claims(),
@@ -609,6 +610,9 @@ PAGES = {
 <p class="lead">ALPS (arXiv 2505.18799) fine-tunes only the attention heads that moved most in a fine-tuned model. These
 pages hold its claims against what came out here, with {{ models }}. Everything is made from the records of the runs,
 and every number is a link to the runs behind it.</p>
+{% if about %}
+<p>{{ about }}</p>
+{% endif %}
 <p class="contents"><a href="#claims">Claims</a> <a href="#tables">Tables</a> <a href="#figures">Figures</a>
 <a href="#notebooks">Notebooks</a> <a href="#runs">Runs</a> <a href="#citing">Citing</a></p>
 

@@ -29,6 +29,7 @@ from alps_repro.runs import evaluate_run
 
 #: Settings of a profile of tiny runs; of Table 3, only what stands in Table 1 as well will be measured.
 SETTINGS = {
+    "about": "A profile that is <tiny>.",
     "families": {"relations": {"datasets": ["family_relationships", "chain_sum"]}},
     "methods": ["full", "alps"],
     "scope": "heads",
@@ -184,8 +185,9 @@ def test_notebooks_are_linked_from_their_runs(profile: Profile, report: Path, pa
     assert "/home/someone" not in "".join(path.read_text() for path in pages)
 
 
-def test_what_is_missing_is_said_first(profile: Profile, pages: dict[Path, Page], report: Path) -> None:
+def test_what_it_is_and_what_is_missing_is_said_first(profile: Profile, pages: dict[Path, Page], report: Path) -> None:
     text = " ".join(pages[report / "index.html"].text.split())
+    assert "A profile that is <tiny>." in text
     assert text.index("Not complete: 7 of 14 evaluations") < re.search(r"Of \d+ tests", text).start()
     assert "table3: 6 of 11 missing" in text
     assert "Missing: 70 2 of 2, 50 2 of 2, 30 2 of 2." in text
