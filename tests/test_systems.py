@@ -293,5 +293,5 @@ def test_equal_time_is_that_of_the_measured_steps() -> None:
         variant = "full_heads" if name == "full" else name if kind == "lora" else variants.get(kind, "jola")
         before, after = (profile.finetuning(profile.run(method=name)).recipe for profile in (grid, timed))
         assert after == before.model_copy(update={"max_steps": round(80 * seconds["alps_heads"] / seconds[variant])})
-    own = {"methods", "recipes", "results", "search", "tables"}
+    own = {"about", "methods", "recipes", "results", "search", "tables"}
     assert timed.model_dump(exclude=own) == grid.model_dump(exclude=own)
