@@ -411,7 +411,10 @@ def test_systems(profile: Profile, executed: Any, tmp_path: Path) -> None:
         rows = [row.split("|")[2].strip() for row in table.splitlines() if row.startswith("| /")]
         assert rows[:6] == ["vanilla", *methods]
     assert len(shown(notebook, "image/png")) == 2
-    overlap, gates = shown(notebook, "text/html")
+    given, overlap, gates = shown(notebook, "text/html")
+    assert re.findall(r"row_heading[^>]*>(\w+)<", given) == methods
+    steps = {str(len(record.result["losses"])) for record in load_records(tmp_path / "results" / "records", "finetune")}
+    assert set(re.findall(r"col0[^>]*>(\d+)<", given)) == steps
     assert re.findall(r"row_heading[^>]*>(\w+)<", overlap) == ["alps", "lofit", "hifi"]
     assert "0 of 8" in gates
 
