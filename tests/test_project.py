@@ -111,7 +111,7 @@ def test_tables_of_the_benchmarks_are_of_their_measurements(tmp_path, monkeypatc
     assert {row.strip("`") for row in table.methods(found)["method"]} == set(METHODS)
 
 
-@pytest.mark.parametrize("name", ["cpu", "grid"])
+@pytest.mark.parametrize("name", ["cpu", "grid", "grid-time"])
 def test_committed_tables_and_claims_are_what_the_records_make(name, tmp_path):
     (tmp_path / "records").symlink_to(ROOT / "results" / name / "records")
     profile = Profile.load(name, results=str(tmp_path))
