@@ -298,7 +298,7 @@ def plan(
     kinds = planned(settings, card)
     counts = ", ".join(f"{number} {name}" for name, number in kinds.attrs.items())
     if settings.about:
-        console.print(settings.about.strip(), soft_wrap=True)
+        console.print(settings.about, soft_wrap=True)
     console.print(f"{counts}; {kinds['models'].sum():,.1f} GB of saved models", soft_wrap=True)
     wide = Console(highlight=False, width=max(console.width, 132))  # rich would cut numbers where lines are shorter
     names = {"weights": "weights", "copies": "copies", "gradients": "grads", "optimizer": "AdamW"}

@@ -307,7 +307,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = CliRunner().invoke(app, ["plan", "paper", "--card", "10"]).output
     profile = Profile.load("paper")
-    assert shown.startswith(f"{profile.about.strip()}\n{len(needed(profile).finetunings)} finetunings, ")
+    assert shown.startswith(f"{profile.about}\n{len(needed(profile).finetunings)} finetunings, ")
     total = plan(profile).query("model == @profile.models[-1] and method == 'full' and scope == 'all'")["total"].item()
     for word in (*profile.models, "alps 10 %, all", "lora, heads", "total", f"{total:.1f}"):
         assert word in shown
