@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -492,15 +493,46 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
     return Attention(layout, projections, source)
 
 
+#: What is read of a model's folder, its tokenizer included.
+READ = (
+    *("*.safetensors", INDEX, "config.json", "generation_config.json", ADAPTER),
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("chat_template.*", "additional_chat_templates/*"),
+)
+
+
+def file_hashes(name: str | Path) -> dict[str, str]:
+    """SHA-256 of every file that is read of a model, by its path in the folder; of an adapter's base, too.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    folder = resolve(name)
+    files = sorted({path for pattern in READ for path in folder.glob(pattern) if path.is_file()})
+    found = {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
+    if is_adapter(folder):
+        found |= {f"base/{path}": value for path, value in file_hashes(adapter_base(folder)).items()}
+    return found
+
+
 def model_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a folder's config and safetensors files, in name order."""
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json"), *folder.glob(ADAPTER)])
-    return _hash_files(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
-
-
-@lru_cache(maxsize=64)
-def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path, _, _ in files:
-        digest.update(f"{Path(path).name}:{_sha256(Path(path))}\n".encode())
+    for path in files:
+        digest.update(f"{path.name}:{_file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    """SHA-256 of a file, taken once for each state that it has been in."""
+    state = path.stat()
+    if time.time() - state.st_ctime < 2:  # within the clock's steps a second change would not show
+        return _sha256(path)
+    # The time of change is the system's own: unlike that of modification, nobody can set it back.
+    return _kept_hash(str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _kept_hash(path: str, *state: int) -> str:
+    return _sha256(Path(path))

@@ -12,8 +12,8 @@ from alps_repro.errors import UserError, one_of
 from alps_repro.experiments import TABLES, cells
 from alps_repro.methods import METHODS
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile
-from alps_repro.records import Record, load_record, record_path
-from alps_repro.tables import digits, lower_is_better, paper_table
+from alps_repro.records import Record
+from alps_repro.tables import digits, lower_is_better, paper_table, recorded_cells
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,8 +56,8 @@ def cite(profile: Profile, table: str, row: str, column: str, model: str | None 
     if found.empty:
         raise UserError(f"The row {row} of {table} has no {column} yet: not all of its runs are done.")
     entry = found.iloc[0]
-    folder = Path(profile.results) / "records"
-    records = [load_record(record_path(folder, "evaluate", name)) for name in record_names(long, entry)]
+    known = {record.name: record for _, record in recorded_cells(profile, table)}
+    records = [known[name] for name in record_names(long, entry)]
     over = f"{entry['seeds']} training seeds, Student's t" if entry["spread"] == "seeds" else "questions, Wilson's"
     number = f"{table}, {row}, {column}: {number_text(entry)}"
     number += f" (half the width of the 95 % interval over {over})" if entry["spread"] else ""

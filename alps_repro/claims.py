@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alps_repro.errors import UserError
-from alps_repro.experiments import SIZES, Cell, cells
+from alps_repro.experiments import SIZES, Cell
 from alps_repro.recipe import Profile
-from alps_repro.records import Record, load_record, record_path, write_whole
-from alps_repro.tables import lower_is_better
+from alps_repro.records import Record, write_whole
+from alps_repro.tables import lower_is_better, recorded_cells
 from alps_repro.timing import MEASURED, benchmark, seconds
 
 if TYPE_CHECKING:
@@ -210,13 +210,8 @@ def values(record: Record, task: str, measure: str) -> np.ndarray | None:
 
 
 def _grid(profile: Profile, table: str) -> dict[tuple[str, str, int | None], tuple[Cell, Record]]:
-    folder = Path(profile.results) / "records"
-    found = {}
-    for cell in cells(profile, table):
-        path = record_path(folder, "evaluate", cell.config.name)
-        if path.exists():
-            found[cell.row, f"{cell.base}/{cell.family}", cell.seed] = (cell, load_record(path))
-    return found
+    found = recorded_cells(profile, table)
+    return {(cell.row, f"{cell.base}/{cell.family}", cell.seed): (cell, record) for cell, record in found}
 
 
 def differences(profile: Profile, table: str, row: str, other: str, measure: str) -> list[Block]:

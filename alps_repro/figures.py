@@ -21,8 +21,8 @@ from alps_repro.importance import highest_places
 from alps_repro.methods import METHODS
 from alps_repro.paper import LABELS, differences
 from alps_repro.recipe import FinetuneConfig, Profile
-from alps_repro.records import Record, load_record, record_path
-from alps_repro.tables import paper_table
+from alps_repro.records import Record, find_record
+from alps_repro.tables import paper_table, recorded_cells
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -294,11 +294,11 @@ def selected_heads(profile: Profile) -> Figure:
     for cell in cells(profile, "table1"):
         if cell.row != "alps" or not isinstance(cell.config.model, FinetuneConfig):
             continue
-        path = record_path(folder, "finetune", cell.config.model.name)
-        scores = record_path(folder, "localize", cell.config.model.localization.name)
-        if path.exists() and scores.exists():
-            layouts[cell.base] = HeadLayout(**load_record(scores).result["layout"])
-            chosen.setdefault((cell.base, cell.family), []).append(load_record(path).result["heads"])
+        trained = find_record(folder, cell.config.model)
+        scored = find_record(folder, cell.config.model.localization)
+        if trained is not None and scored is not None:
+            layouts[cell.base] = HeadLayout(**scored.result["layout"])
+            chosen.setdefault((cell.base, cell.family), []).append(trained.result["heads"])
     if not chosen:
         raise UserError("No run of alps is among the records yet: run the profile, then make its figures.")
     models, families = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
@@ -361,10 +361,10 @@ def embeddings(profile: Profile) -> Figure:
     from matplotlib.figure import Figure
 
     config = profile.embedding()
-    path = record_path(Path(profile.results) / "records", "embed", config.name)
-    if not path.exists():
+    record = find_record(Path(profile.results) / "records", config)
+    if record is None:
         raise UserError("The questions have not been embedded yet: run the profile, then make its figures.")
-    points = load_record(path).result
+    points = record.result
     figure = Figure(figsize=(6.8, 4.4))
     axes = figure.add_axes((-0.04, 0.0, 0.76, 1.0), projection="3d")
     for i, family in enumerate(profile.families.values()):
@@ -412,13 +412,9 @@ def systems(profile: Profile, table: str) -> Figure:
 
 def _numbers_trained(profile: Profile, table: str, own: pd.DataFrame) -> list[str]:
     """How many numbers the first run behind each row trained; `–` where nothing was."""
-    folder, found = Path(profile.results) / "records", []
-    names = {(c.base, c.row): c.config.name for c in reversed(cells(profile, table))}
-    for model, row in zip(own["model"], own["row"]):
-        path = record_path(folder, "evaluate", names[model, row])
-        trained = load_record(path).cost.trained_parameters if path.exists() else None
-        found.append("–" if trained is None else f"{trained:,}")
-    return found
+    first = {(cell.base, cell.row): record for cell, record in reversed(recorded_cells(profile, table))}
+    counts = [first[place].cost.trained_parameters for place in zip(own["model"], own["row"])]
+    return ["–" if trained is None else f"{trained:,}" for trained in counts]
 
 
 @dataclass(frozen=True)

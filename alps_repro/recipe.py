@@ -23,6 +23,7 @@ from alps_repro.checkpoints import QUANTIZATIONS
 from alps_repro.data import DATASETS, OFFLINE
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.evaluation import check_tasks
+from alps_repro.history import FORMER
 from alps_repro.methods import METHODS, SCOPES
 from alps_repro.scores import RESULT, RESULT_METRICS, check_metric
 
@@ -63,12 +64,54 @@ class Settings(BaseModel):
 
     @property
     def digest(self) -> str:
-        """First 10 hex digits of the SHA-256 of the settings that are not the defaults.
+        """First 10 hex digits of the SHA-256 of the settings that are not the defaults (or what was, see `FORMER`).
 
-        With the defaults in it, a setting that is added would rename every run there is.
+        With the defaults in it, a setting that is added would rename every run there is. A name therefore says less
+        than a configuration: records are compared by the whole of it.
         """
-        asked = self.model_dump(mode="json", exclude_defaults=True)
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(_named(self), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _named(settings: Settings) -> dict[str, Any]:
+    """The settings that a name is made of, as plain JSON values."""
+    former, whole, found = FORMER.get(type(settings).__name__, {}), settings.dump(), {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if value != former.get(name, field.default):
+            found[name] = _named(value) if isinstance(value, Settings) else whole[name]
+    return found
+
+
+def with_former(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the settings that it lacks, at the values that they had when it was stored.
+
+    Raises:
+        UserError: it lacks a setting, and `FORMER` does not say what that was.
+    """
+    former, found = FORMER.get(kind.__name__, {}), dict(stored)
+    for name, field in kind.model_fields.items():
+        if name not in found and name not in former:
+            raise UserError(f"the setting '{name}' is missing, and nothing says what it was")
+        value = found.setdefault(name, former.get(name))
+        if isinstance(value, Mapping) and (inner := _settings_in(field.annotation)):
+            found[name] = with_former(inner[0], value)
+    return found
+
+
+def differences(then: Settings, now: Settings, of: str = "") -> list[str]:
+    """What differs between two configurations of one kind, a phrase a setting."""
+    found = []
+    for name in type(then).model_fields:
+        a, b, path = getattr(then, name), getattr(now, name), f"{of}{name}"
+        if isinstance(a, Settings) and type(a) is type(b):
+            found += differences(a, b, f"{path}.")
+        elif a != b:
+            found.append(f"{path} is {_short(a)} there and {_short(b)} here")
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"the run {value.name}" if hasattr(value, "name") else reprlib.repr(value)
 
 
 def _known_at(kind: type[Settings], place: Sequence[str | int]) -> set[str]:
@@ -462,6 +505,11 @@ class Profile(Settings):
         Raises:
             UserError: there is no such profile, or a setting in it is unknown or impossible.
         """
+        return cls.made(cls.read(name), **overrides)
+
+    @classmethod
+    def read(cls, name: str | Path) -> dict[str, Any]:
+        """The settings in a profile's file, as they stand there."""
         import yaml
 
         folder = Path(__file__).parents[1] / "profiles"
@@ -476,11 +524,16 @@ class Profile(Settings):
             raise UserError(f"The profile '{path}' is not readable YAML ({reason}).") from None
         if not isinstance(settings, Mapping):
             raise UserError(f"The profile '{path}' holds no settings.")
-        if isinstance(settings.get("results"), str) and not Path(settings["results"]).is_absolute():
+        return dict(settings)
+
+    @classmethod
+    def made(cls, settings: Mapping[str, Any], **overrides: Any) -> Profile:
+        """The profile of settings as they stand in a file, and of overrides as for `load`."""
+        results, given = settings.get("results"), {k: v for k, v in overrides.items() if v is not None}
+        if isinstance(results, str) and not Path(results).is_absolute():
             # Relative to the checkout, wherever a notebook or shell is: Jupyter starts kernels beside the notebook.
-            settings["results"] = os.path.relpath(Path(__file__).parents[1] / settings["results"])
-        settings = {**settings, **{k: v for k, v in overrides.items() if v is not None}}
-        return cls.check(**{str(k): v for k, v in settings.items()})
+            settings = {**settings, "results": os.path.relpath(Path(__file__).parents[1] / results)}
+        return cls.check(**{str(k): v for k, v in {**settings, **given}.items()})
 
     def family(self, dataset: str) -> str | None:
         """The name of the family that a data set belongs to, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import json
@@ -11,7 +12,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,6 +29,8 @@ from alps_repro.recipe import (
     ImportanceConfig,
     LocalizeConfig,
     RecallConfig,
+    differences,
+    with_former,
 )
 
 SCHEMA_VERSION = 1
@@ -67,6 +70,9 @@ class Provenance(Block):
     gpu: str | None
     model_sha256: dict[str, str] = Field(default_factory=dict, description="by role: base, task, tuned")
     data_sha256: dict[str, str] = Field(default_factory=dict, description="by data set or task")
+    files_sha256: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="by role: every file of weights, configuration and tokenizer that was read"
+    )
 
 
 class Cost(Block):
@@ -88,6 +94,9 @@ KINDS = {
     ImportanceConfig: "importance",
     EmbedConfig: "embed",
 }
+
+
+_CONFIGS = {kind: config for config, kind in KINDS.items()}
 
 
 class Record(Block):
@@ -156,15 +165,145 @@ def load_record(path: Path) -> Record:
             f"The record '{path}' has schema version {version}, this package reads {SCHEMA_VERSION}: remove it and run "
             "again, or read it with the version of the package that wrote it."
         )
+    return _validated(path, stored)
+
+
+def _validated(path: Path, stored: dict[str, Any]) -> Record:
     try:
+        kind = _CONFIGS.get(str(stored.get("kind")))
+        if kind is not None and isinstance(stored.get("config"), dict):
+            stored = {**stored, "config": kind.model_validate(with_former(kind, stored["config"]))}
         return Record.model_validate(stored)
+    except UserError as error:
+        reason = str(error)
     except ValidationError as error:
-        # A configuration is tried as each of its kinds: a sentence of our own says more than a missing field.
+        # A sentence of our own says more than a missing field.
         first = max(error.errors(), key=lambda entry: "error" in entry.get("ctx", {}))
         where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
-        raise UserError(
-            f"The record '{path}' does not fit its schema ({where}: {first['msg']}): remove it and run again."
-        ) from None
+        reason = f"{where}: {first['msg']}"
+    raise UserError(f"The record '{path}' does not fit its schema ({reason}): remove it and run again.") from None
+
+
+class OtherRun(UserError):
+    """A record that lies where a run's own would, and is of another run. `differs`: how, a phrase each."""
+
+    def __init__(self, path: Path, differs: list[str]) -> None:
+        self.path, self.differs = path, differs
+        shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
+        super().__init__(
+            f"The record '{path}' is of another run than is asked for ({shown}): make that run again, or keep its "
+            "results in another folder."
+        )
+
+
+def find_record(folder: Path, config: Config) -> Record | None:
+    """The record of a completed run in a folder of records; None where there is none.
+
+    The one way to a run's record. Its whole configuration is compared, defaults included, and what it says of its
+    models with what the records of its predecessors say, where these are there; the models need not be.
+
+    Raises:
+        OtherRun: the record is of another configuration, or of other models than its predecessors made.
+        UserError: it cannot be read.
+    """
+    path = record_path(folder, KINDS[type(config)], config.name)
+    if not path.exists():
+        return None
+    record = _load(path, *_state(path))
+    if record.status != "completed":
+        return None
+    if type(record.config) is not type(config):
+        raise OtherRun(path, [f"it is of a run of the kind {record.kind}"])
+    differs = differences(record.config, config)
+    for role, before in predecessors(config).items():
+        made = find_record(folder, before)
+        if made is not None and not differs:
+            differs += _broken(record, role, made)
+    if differs:
+        raise OtherRun(path, differs)
+    return record
+
+
+def predecessors(config: Config) -> dict[str, Config]:
+    """The runs that a configuration holds directly, by the setting that holds them."""
+    held = {name: getattr(config, name) for name in type(config).model_fields}
+    return {name: value for name, value in held.items() if type(value) in KINDS}
+
+
+def _broken(record: Record, setting: str, made: Record) -> list[str]:
+    """How a record's hashes differ from those of a predecessor's record."""
+    pairs = []
+    own, theirs = record.provenance.model_sha256, made.provenance.model_sha256
+    if setting in ("model", "task_model"):  # what the predecessor made, or, where it trained nothing, its base
+        role = "evaluated" if setting == "model" else "task"
+        pairs.append((f"the {role} model", own.get(role), theirs.get("tuned", theirs.get("base"))))
+    pairs.append(("the base model", own.get("base"), theirs.get("base")))
+    if setting == "localization":
+        pairs.append(("the head scores", record.provenance.data_sha256.get(SCORES), scores_hash(made.result)))
+    return [
+        f"{what} is not the one of the record {made.kind}-{made.name}"
+        for what, a, b in pairs
+        if a is not None and b is not None and a != b
+    ]
+
+
+#: Among the data of a fine-tuning: the scores that its heads were selected by.
+SCORES = "head scores"
+
+
+def scores_hash(result: dict[str, Any]) -> str:
+    """SHA-256 of the scores in the result of a localization."""
+    return hashlib.sha256(json.dumps(result["values"]).encode()).hexdigest()
+
+
+def check_consistent(records: Iterable[Record]) -> None:
+    """Hold the hashes of records that are compared with each other: a name stands for one model, or set of questions.
+
+    Raises:
+        UserError: names two records that were made with different models or data of one name.
+    """
+    seen: dict[tuple[Any, ...], tuple[str, str]] = {}
+    for record in records:
+        for (what, *of), value in _named_inputs(record):
+            first, other = seen.setdefault((what, *of), (value, record.name))
+            if first != value:
+                raise UserError(
+                    f"The records {other} and {record.name} were made with different {what} of the name '{of[0]}': run "
+                    "one of them again."
+                )
+
+
+def _named_inputs(record: Record) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """What a record's configuration names, and the hash of what it was: ((kind, name, what else decides it), hash)."""
+    config, found = record.config, record.provenance
+    hashes = found.model_sha256
+    if isinstance(config, EvaluateConfig):
+        if isinstance(config.model, str):
+            yield ("models", config.model), hashes.get("evaluated", "")
+        elif "base" in hashes:
+            yield ("models", config.model.base), hashes["base"]
+        for task, value in found.data_sha256.items():
+            yield ("questions", task, config.split, config.limit, config.template), value
+    else:
+        if "base" in hashes:
+            yield ("models", config.base), hashes["base"]
+        if isinstance(config, LocalizeConfig) and isinstance(config.task_model, str) and "task" in hashes:
+            yield ("models", config.task_model), hashes["task"]
+    if isinstance(config, FinetuneConfig) and config.dataset in found.data_sha256:
+        recipe = config.recipe
+        size = (recipe.max_steps, recipe.batch_size, recipe.examples, recipe.data_share)
+        yield ("training examples", config.dataset, config.seed, *size), found.data_sha256[config.dataset]
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(path: Path, *state: int) -> Record:
+    """`load_record`, once for each state of a file: a table's cells share most of their predecessors."""
+    return load_record(path)
 
 
 def load_records(folder: Path, kind: str | None = None) -> list[Record]:
@@ -188,19 +327,55 @@ def _version(package: str) -> str | None:
         return None
 
 
+#: The module that makes runs: what it imports, directly or not, is what can change a number.
+MEASURES = "runs"
+
+
 @functools.cache
 def _code() -> str:
-    """SHA-256 of what decides a run's result, given its configuration."""
+    """SHA-256 of what decides a run's result, given its configuration: the modules behind `MEASURES`."""
     package = Path(__file__).parent
-    measuring = (
-        *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
-        *("training", "evaluation", "sandbox"),
-    )
-    files = [*(package / f"{name}.py" for name in measuring), *(package / "tuner").glob("*.py")]
     digest = hashlib.sha256()
-    for path in sorted([*files, *(package / "tasks").glob("*.*")]):
+    for path in measuring_code(package):
         digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def measuring_code(package: Path) -> list[Path]:
+    """The files of the package that `MEASURES` imports, wherever in a module, and what lies in their sub-packages."""
+    found: set[Path] = {package / "__init__.py"}
+    waiting = [package / f"{MEASURES}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        if path.parent != package:  # with what it may read, too
+            beside = path.parent.iterdir()
+            found |= {other for other in beside if other.is_file() and other.suffix not in (".py", ".pyc")}
+        waiting += _imported(path, package)
+    return sorted(found)
+
+
+def _imported(path: Path, package: Path) -> Iterator[Path]:
+    """The files of a package's modules that a file imports."""
+    for name in _imports(path.read_bytes()):
+        first, *rest = name.split(".")
+        for end in range(1, len(rest) + 1) if first == package.name else ():
+            place = package.joinpath(*rest[:end])
+            yield from (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
+
+
+@functools.lru_cache
+def _imports(source: bytes) -> list[str]:
+    """What a module imports, by full names; a name that it takes from a module may be a module itself."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
 
 
 @functools.cache
@@ -214,7 +389,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance(**hashes: dict[str, str]) -> Provenance:
+def provenance(**hashes: dict[str, Any]) -> Provenance:
     """The provenance of a run in this process."""
     import torch
 
@@ -249,6 +424,7 @@ class Outcome(Block):
     result: dict[str, Any] = Field(default_factory=dict)
     model_sha256: dict[str, str] = Field(default_factory=dict)
     data_sha256: dict[str, str] = Field(default_factory=dict)
+    files_sha256: dict[str, dict[str, str]] = Field(default_factory=dict)
     trained_parameters: int | None = None
     total_parameters: int | None = None
     record: Record | None = None
@@ -267,7 +443,11 @@ def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
             status=status,
             config=config,
             result=outcome.result if status == "completed" else {},
-            provenance=provenance(model_sha256=outcome.model_sha256, data_sha256=outcome.data_sha256),
+            provenance=provenance(
+                model_sha256=outcome.model_sha256,
+                data_sha256=outcome.data_sha256,
+                files_sha256=outcome.files_sha256,
+            ),
             cost=Cost(
                 seconds=round(time.perf_counter() - start, 3),
                 peak_memory_bytes=peak_memory_bytes(),

@@ -31,7 +31,7 @@ from alps_repro.errors import UserError, explained
 from alps_repro.experiments import TABLES, Cell, cells
 from alps_repro.methods import METHODS
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Profile
-from alps_repro.records import KINDS, Record, load_record, load_records
+from alps_repro.records import KINDS, Config, Record, load_record, load_records, predecessors
 
 if TYPE_CHECKING:
     import jinja2
@@ -95,7 +95,7 @@ class _Report:
 
     def write(self) -> None:
         for key, record in self.records.items():
-            for before in _predecessors(record.config):
+            for before in _held(record.config):
                 self.after.get(before, []).append(key)
         notebooks = self._notebooks()
         shown = [self._table(name) for name in self.profile.tables]
@@ -333,11 +333,13 @@ class _Report:
         commands = [f"alps-repro verify {shlex.quote(str(_shown(self.results) / 'records' / f'{stem}.json'))}"]
         if made_by := notebooks.get(f"{NOTEBOOKS.get(kind)}-{name}"):
             commands.append(made_by["command"])
-        where = record.provenance.model_dump(exclude={"dirty", "versions", "model_sha256", "data_sha256"})
+        where = record.provenance.model_dump(
+            exclude={"dirty", "versions", "model_sha256", "data_sha256", "files_sha256"}
+        )
         where["commit"] = f"{where['commit'] or 'none'}{' with changes on top' if record.provenance.dirty else ''}"
         hashes = {f"model, {role}": value for role, value in record.provenance.model_sha256.items()}
         hashes |= {f"data, {of}": value for of, value in record.provenance.data_sha256.items()}
-        before = [self._known(*one) for one in _predecessors(record.config)]
+        before = [self._known(*one) for one in _held(record.config)]
         self._page(
             f"runs/{stem}.html",
             "run",
@@ -404,11 +406,9 @@ def _grouped(notebooks: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return [groups[name] for name in sorted(groups)]
 
 
-def _predecessors(config: Any) -> list[tuple[str, str]]:
+def _held(config: Config) -> list[tuple[str, str]]:
     """Kind and name of the runs that a configuration holds directly."""
-    held = [getattr(config, name) for name in type(config).model_fields]
-    flat = [one for value in held for one in (value if isinstance(value, tuple) else (value,))]
-    return [(KINDS[type(one)], one.name) for one in flat if type(one) in KINDS]
+    return [(KINDS[type(before)], before.name) for before in predecessors(config).values()]
 
 
 def _missing(missing: Iterable[Cell], grid: Sequence[Cell]) -> str:

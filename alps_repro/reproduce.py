@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock
 
 from alps_repro.errors import UserError
 from alps_repro.plan import needed
 from alps_repro.recipe import FinetuneConfig, Profile
-from alps_repro.records import load_record, record_path
+from alps_repro.records import Config, OtherRun, find_record, load_record, write_whole
+from alps_repro.runs import done
 
 SNAKEFILE = Path(__file__).parents[1] / "workflow" / "Snakefile"
 
@@ -22,6 +27,56 @@ SNAKEFILE = Path(__file__).parents[1] / "workflow" / "Snakefile"
 def profile_path(name: str) -> Path:
     """The file of a profile that is given by name or by path."""
     return Path(name) if name.endswith((".yaml", ".yml")) else SNAKEFILE.parents[1] / "profiles" / f"{name}.yaml"
+
+
+def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
+    """The profile that a workflow was asked for: `file`, or, where snakemake's `config` says more, a file of all of it.
+
+    config: the settings of all config files and of `--config`, as snakemake puts them together. Runs read a profile of
+    their own, so what was overridden is written to the results folder.
+
+    Raises:
+        UserError: a setting is unknown or impossible.
+    """
+    own = Profile.read(file)
+    whole = {**own, **config}
+    if whole == own:
+        return Path(file)
+    results = Path(Profile.made(whole).results)
+    text = yaml.safe_dump(json.loads(json.dumps(whole)), sort_keys=False, allow_unicode=True)
+    path = results / ".profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return path
+
+
+def check_records(profile: Profile) -> None:
+    """Compare the records that a profile's results folder holds with the runs that they would be taken for.
+
+    Raises:
+        UserError: some are of other runs; the sentence says which and how the first one differs.
+    """
+    results, runs = Path(profile.results), needed(profile)
+    configs: list[Config] = [*runs.finetunings.values(), *runs.localizations.values(), *runs.evaluations.values()]
+    if profile.score_and_truth:
+        configs += [profile.recall(), profile.importance()]
+    wrong, reached = [], True
+    for config in configs:
+        try:
+            if reached:
+                try:
+                    done(config, results)
+                    continue
+                except OtherRun:
+                    raise
+                except UserError:  # a model that is not there: nothing is run with it where all records are
+                    reached = False
+            find_record(results / "records", config)
+        except OtherRun as error:
+            wrong.append(error)
+    if wrong:
+        more = f" {len(wrong) - 1} more of its records are, too." if len(wrong) > 1 else ""
+        raise UserError(f"{wrong[0]}{more}")
 
 
 def lock(results: Path) -> FileLock:
@@ -55,19 +110,18 @@ def remove_models(profile: Profile) -> list[Path]:
     are recorded. Records, scores and samples stay, and a run that is asked for later makes its model again.
     """
     folder, runs = Path(profile.results), needed(profile)
-    users: list[tuple[str, str, object]] = [("evaluate", name, c.model) for name, c in runs.evaluations.items()]
-    users += [("localize", name, config.task_model) for name, config in runs.localizations.items()]
+    users: list[tuple[Config, object]] = [(config, config.model) for config in runs.evaluations.values()]
+    users += [(config, config.task_model) for config in runs.localizations.values()]
     if profile.score_and_truth:
-        config = profile.importance()
-        users.append(("importance", config.name, config.task_model))
+        users.append((profile.importance(), profile.importance().task_model))
     waited_for = {
         model.name
-        for kind, name, model in users
-        if isinstance(model, FinetuneConfig) and not record_path(folder / "records", kind, name).exists()
+        for config, model in users
+        if isinstance(model, FinetuneConfig) and find_record(folder / "records", config) is None
     }
-    done = [folder / "models" / name for name in runs.finetunings if name not in waited_for]
     # One whose fine-tuning is not recorded yet may be half written.
-    there = [path for path in done if path.exists() and record_path(folder / "records", "finetune", path.name).exists()]
+    made = [c for name, c in runs.finetunings.items() if name not in waited_for and find_record(folder / "records", c)]
+    there = [folder / "models" / config.name for config in made if (folder / "models" / config.name).exists()]
     for path in there:
         shutil.rmtree(path)
     return there

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from alps_repro.checkpoints import is_adapter, load_model, model_hash, resolve
+from alps_repro.checkpoints import file_hashes, load_model, model_hash, resolve
 from alps_repro.data import training_examples
 from alps_repro.embeddings import embed, principal
 from alps_repro.errors import UserError, explained
@@ -33,18 +34,127 @@ from alps_repro.recipe import (
     LocalizeConfig,
     RecallConfig,
 )
-from alps_repro.records import KINDS, Config, Outcome, Record, load_record, record_path, recorded, write_whole
+from alps_repro.records import (
+    KINDS,
+    SCORES,
+    Config,
+    OtherRun,
+    Outcome,
+    Record,
+    find_record,
+    load_record,
+    predecessors,
+    record_path,
+    recorded,
+    scores_hash,
+    write_whole,
+)
 from alps_repro.scores import HeadScores, localize
 from alps_repro.selectors import SELECTORS, batches, select_by
 from alps_repro.training import finetune
 
 
-def _done(folder: Path, kind: str, config: Config) -> Record | None:
-    path = record_path(folder, kind, config.name)
-    if not path.exists():
+def done(config: Config, results: str | Path) -> Record | None:
+    """The record of a run that may be taken for it; None where there is none.
+
+    Beyond what `find_record` compares, every file of the models that the configuration names, and of a tuned model
+    that lies there, is compared with what the record's run read or made: by content, whatever its name, size and time.
+
+    Raises:
+        OtherRun: names what differs.
+        UserError: a model that the run was made with is not there to be compared.
+    """
+    results = Path(results)
+    record = find_record(results / "records", config)
+    if record is not None and (differs := _changed(record, results)):
+        raise OtherRun(record_path(results / "records", record.kind, record.name), differs)
+    return record
+
+
+def _done(config: Config, results: Path) -> Record | None:
+    """`done`, and None where what is there is of another run."""
+    try:
+        record = done(config, results)
+    except OtherRun:
         return None
-    record = load_record(path)
-    return record if record.status == "completed" and record.config == config else None
+    if record is not None:  # a later try may have failed, with inputs that are no longer there
+        record_path(results / "records", record.kind, record.name).with_suffix(".failed.json").unlink(missing_ok=True)
+    return record
+
+
+def _models(config: Config) -> dict[str, str]:
+    """The models that a configuration names, by the role that they have in its record."""
+    if isinstance(config, EvaluateConfig):
+        return {"evaluated": config.model} if isinstance(config.model, str) else {"base": config.model.base}
+    task = getattr(config, "task_model", None)
+    return {"base": config.base, **({"task": task} if isinstance(task, str) else {})}
+
+
+def _changed(record: Record, results: Path) -> list[str]:
+    """What of a run's inputs is no longer what the run was made with, a phrase each."""
+    found = []
+    read, hashes = record.provenance.files_sha256, record.provenance.model_sha256
+    for role, name in _models(record.config).items():
+        if role in read:
+            now = file_hashes(name)
+            files = [file for file in sorted({*now, *read[role]}) if now.get(file) != read[role].get(file)]
+            found += [f"{file} of the {role} model '{name}' has changed" for file in files]
+        elif role in hashes and model_hash(resolve(name)) != hashes[role]:  # of a record without hashes of files
+            found.append(f"the {role} model '{name}' has changed")
+    tuned = results / "models" / record.name
+    if isinstance(record.config, FinetuneConfig) and tuned.exists():
+        same = file_hashes(tuned) == read["tuned"] if "tuned" in read else model_hash(tuned) == hashes["tuned"]
+        found += [] if same else [f"the tuned model '{tuned}' has changed"]
+    for before in predecessors(record.config).values():
+        if made := find_record(results / "records", before):
+            found += _changed(made, results)
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _set_aside(config: Config, results: Path) -> Iterator[None]:
+    """While a run is made again, what lies in its place and is of another run is out of the way, and stays there.
+
+    Where the new run fails, everything is put back.
+    """
+    path, differs = record_path(results / "records", KINDS[type(config)], config.name), None
+    try:
+        done(config, results)
+    except OtherRun as error:
+        differs = error.differs
+    if differs is None:
+        yield
+        return
+    folder = results / "superseded" / f"{path.stem}-{re.sub('[^0-9]', '', load_record(path).finished)[:14]}"
+    _say_again(path, differs, folder)
+    moved = _moved(config, results, folder)
+    try:
+        yield
+    except BaseException:
+        for place, kept in moved.items():
+            kept.replace(place)
+        folder.rmdir()
+        raise
+
+
+def _say_again(path: Path, differs: Sequence[str], folder: Path) -> None:
+    shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
+    said = f"{path.stem} is made again ({shown}); what was there before is kept in '{folder}'."
+    print(said, file=sys.stderr, flush=True)
+
+
+def _moved(config: Config, results: Path, folder: Path) -> dict[Path, Path]:
+    """Move a run's record and what it made to a folder: {place: where it is now}."""
+    _prepare(folder)
+    made = {LocalizeConfig: ("scores", ".json"), EvaluateConfig: ("samples", ".jsonl"), FinetuneConfig: ("models", "")}
+    places = [record_path(results / "records", KINDS[type(config)], config.name)]
+    if type(config) in made:
+        of, suffix = made[type(config)]
+        places.append(results / of / f"{config.name}{suffix}")
+    moved = {place: folder / place.name for place in places if place.exists()}
+    for place, kept in moved.items():
+        place.replace(kept)
+    return moved
 
 
 @contextmanager
@@ -77,27 +187,34 @@ def finetune_run(config: FinetuneConfig, results: str | Path, *, progress: bool 
         raise UserError("A recorded run is made by one process: under a launcher call alps_repro.finetune itself.")
     results = Path(results)
     model = results / "models" / config.name
-    record = _done(results / "records", "finetune", config)
     if config.method == "no_attn" and config.scope == "heads":
         model = resolve(config.base)
+    record = _done(config, results)
     if record is not None and model.exists():
         return record, model
-    scores = None
+    scores = localization = None
     if config.localization is not None:
-        scores = localize_run(config.localization, results, progress=progress)[0]
+        scores, localization = localize_run(config.localization, results, progress=progress)
     _prepare(results / "models")
     with _held(results, "finetune", config.name):
-        record = _done(results / "records", "finetune", config)
+        record = _done(config, results)
         if record is not None and model.exists():
             return record, model
-        return _finetune(config, results, model, scores, progress)
+        with _set_aside(config, results):
+            return _finetune(config, results, model, scores, localization, record, progress)
 
 
 def _finetune(
-    config: FinetuneConfig, results: Path, model: Path, scores: HeadScores | None, progress: bool
+    config: FinetuneConfig,
+    results: Path,
+    model: Path,
+    scores: HeadScores | None,
+    localization: Record | None,
+    earlier: Record | None,
+    progress: bool,
 ) -> tuple[Record, Path]:
-    with recorded(results / "records", config) as outcome:
-        outcome.model_sha256["base"] = model_hash(resolve(config.base))
+    """earlier: the record of this run, whose model is not there any more."""
+    with _recorded(config, results) as outcome:
         output = results / "models" / config.name
         shutil.rmtree(output, ignore_errors=True)  # of a run that was cut off before its record
         tuned = finetune(
@@ -120,9 +237,19 @@ def _finetune(
         if tuned.closed_gates is not None:
             outcome.result["closed_gates"] = tuned.closed_gates
         outcome.model_sha256["tuned"] = model_hash(tuned.path)
+        outcome.files_sha256["tuned"] = file_hashes(tuned.path)
         if tuned.data_sha256:
             outcome.data_sha256[config.dataset] = tuned.data_sha256
+        if localization is not None:
+            outcome.data_sha256[SCORES] = scores_hash(localization.result)
         outcome.trained_parameters, outcome.total_parameters = tuned.trained_parameters, tuned.total_parameters
+        if earlier is not None and earlier.provenance.model_sha256["tuned"] != outcome.model_sha256["tuned"]:
+            # Its evaluations were of the model that is gone: they, too, will be found to be of another run.
+            path = record_path(results / "records", "finetune", config.name)
+            folder = results / "superseded" / f"{path.stem}-{re.sub('[^0-9]', '', earlier.finished)[:14]}"
+            _say_again(path, ["its model, made here again, is another one"], folder)
+            _prepare(folder)
+            path.replace(folder / path.name)
     return outcome.record, model
 
 
@@ -130,24 +257,31 @@ def localize_run(config: LocalizeConfig, results: str | Path, *, progress: bool 
     """Localize as `config` says, unless that has been done; the task model's run is made first where it is missing."""
     results = Path(results)
     path = results / "scores" / f"{config.name}.json"
-    record = _done(results / "records", "localize", config)
-    if record is not None and path.exists():
-        return HeadScores.load(path), record
+    record = _done(config, results)
+    if record is not None and (scores := _stored_scores(path, record)):
+        return scores, record
     task: str | Path = config.task_model if isinstance(config.task_model, str) else ""
     if isinstance(config.task_model, FinetuneConfig):
         task = finetune_run(config.task_model, results, progress=progress)[1]
     _prepare(path.parent)
     with _held(results, "localize", config.name):
-        record = _done(results / "records", "localize", config)
-        if record is not None and path.exists():
-            return HeadScores.load(path), record
-        return _localize(config, results, task, path, progress)
+        record = _done(config, results)
+        if record is not None and (scores := _stored_scores(path, record)):
+            return scores, record
+        with _set_aside(config, results):
+            return _localize(config, results, task, path, progress)
+
+
+def _stored_scores(path: Path, record: Record) -> HeadScores | None:
+    """The scores of a localization, where they lie there and are those of its record."""
+    scores = HeadScores.load(path) if path.exists() else None
+    return scores if scores is not None and scores.values.tolist() == record.result["values"] else None
 
 
 def _localize(
     config: LocalizeConfig, results: Path, task: str | Path, path: Path, progress: bool
 ) -> tuple[HeadScores, Record]:
-    with recorded(results / "records", config) as outcome:
+    with _recorded(config, results, task=task) as outcome:
         if config.metric in SELECTORS:
             asked = {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
             scores = select_by(config.metric, config.base, task, **asked, progress=progress)
@@ -162,9 +296,26 @@ def _localize(
                 progress=progress,
             )
         write_whole(path, json.dumps(scores.dump(), indent=1) + "\n")
-        outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(resolve(task))}
         outcome.result = {"scores": path.name, "values": scores.values.tolist(), "layout": asdict(scores.layout)}
     return scores, outcome.record
+
+
+@contextmanager
+def _recorded(config: Config, results: Path, **made: str | Path) -> Iterator[Outcome]:
+    """`recorded`, with the hashes of the models that a run reads: those it names, and those `made` for it, by role.
+
+    Raises:
+        UserError: a model was changed while the run was at work.
+    """
+    with recorded(results / "records", config) as outcome:
+        read = {**_models(config), **made}
+        before = {role: (model_hash(resolve(name)), file_hashes(name)) for role, name in read.items()}
+        outcome.model_sha256 = {role: whole for role, (whole, _) in before.items()}
+        outcome.files_sha256 = {role: files for role, (_, files) in before.items()}
+        yield outcome
+        for role, name in read.items():
+            if file_hashes(name) != before[role][1]:
+                raise UserError(f"The {role} model '{name}' was changed while the run read it: run again.")
 
 
 def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool = True) -> Record:
@@ -205,16 +356,12 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             "samples": samples.name,
         }
         outcome.data_sha256 = found.hashes
-        folder = resolve(model)
-        outcome.model_sha256["evaluated"] = model_hash(folder)
         if tuning is not None:
             outcome.trained_parameters = tuning.cost.trained_parameters
             outcome.total_parameters = tuning.cost.total_parameters
             outcome.result["training_seconds"] = tuning.cost.seconds
-        if is_adapter(folder) and tuning is not None:
-            outcome.model_sha256["base"] = tuning.provenance.model_sha256["base"]
 
-    return _made_once(config, results, make, tuned)
+    return _made_once(config, results, make, tuned, lambda before: {"evaluated": before[1]})
 
 
 def _per_question(task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -243,20 +390,21 @@ def _made_once(
     results: str | Path,
     make: Callable[[Outcome, Any], None],
     first: Callable[[], Any] = lambda: None,
+    models: Callable[[Any], dict[str, str | Path]] = lambda before: {},
 ) -> Record:
     """The record of a run; where it is not there, `make` fills it in with what `first` gives.
 
-    first: makes the runs that come before, each with a record and a time of its own.
+    first: makes the runs that come before, each with a record and a time of its own. models: of these, by role.
     """
     results, kind = Path(results), KINDS[type(config)]
-    if (record := _done(results / "records", kind, config)) is not None:
+    if (record := _done(config, results)) is not None:
         return record
     before = first()
     _prepare(results / "records")
     with _held(results, kind, config.name):
-        if (record := _done(results / "records", kind, config)) is not None:
+        if (record := _done(config, results)) is not None:
             return record
-        with recorded(results / "records", config) as outcome:
+        with _set_aside(config, results), _recorded(config, results, **models(before)) as outcome:
             make(outcome, before)
         return outcome.record
 
@@ -276,7 +424,6 @@ def recall_run(config: RecallConfig, results: str | Path, *, progress: bool = Tr
             background=config.background,
             progress=progress,
         )
-        outcome.model_sha256["base"] = model_hash(resolve(config.base))
         peaked = {kind: values.tolist() for kind, values in peaks(config.base).items()}
         outcome.result = {"rows": found.to_dict("records"), "peaks": peaked}
 
@@ -298,18 +445,22 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
             for name in COMPARED
         }
-        outcome.model_sha256 = {"base": model_hash(resolve(config.base)), "task": model_hash(folder)}
         outcome.data_sha256[config.task_model.dataset] = data
         outcome.result = {"importance": lost.tolist(), "scores": scores}
 
-    return _made_once(config, results, make, lambda: finetune_run(config.task_model, results, progress=progress))
+    return _made_once(
+        config,
+        results,
+        make,
+        lambda: finetune_run(config.task_model, results, progress=progress),
+        lambda before: {"task": before[1]},
+    )
 
 
 def embed_run(config: EmbedConfig, results: str | Path, *, progress: bool = True) -> Record:
     """Where a model puts the questions of data sets; `result`: {data set: three principal coordinates a question}."""
 
     def make(outcome: Outcome, before: None) -> None:
-        outcome.model_sha256["base"] = model_hash(resolve(config.base))
         model, tokenizer = load_model(config.base)
         asked = {name: training_examples(name, size=config.questions)["instruction"] for name in config.datasets}
         outcome.result = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from alps_repro.experiments import TABLES, Cell, cells
 from alps_repro.methods import METHODS
 from alps_repro.paper import reported
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Profile
-from alps_repro.records import Record, load_record, load_records, record_path, write_whole
+from alps_repro.records import Record, check_consistent, find_record, load_records, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +47,7 @@ def over_seeds(scores: Sequence[float]) -> float:
     return float(t.ppf(0.975, len(scores) - 1) * sem(scores))
 
 
-def summary(records: Iterable[Record]) -> pd.DataFrame:
+def summary(records: Sequence[Record]) -> pd.DataFrame:
     """One row per evaluated model and task: what was trained, how it scores, what its training took.
 
     Columns: base, dataset, method, ratio, scope, quantization, seed, task, score, low, high (95 % over questions),
@@ -90,6 +90,7 @@ def summary(records: Iterable[Record]) -> pd.DataFrame:
             )
     if not rows:
         raise UserError("There is no record of an evaluation to make a table from: run an evaluation first.")
+    check_consistent(records)
     order = {"vanilla": -1, **{method: i for i, method in enumerate(METHODS)}}
     table = pd.DataFrame(rows)
     table["_order"] = table["method"].map(order)
@@ -150,23 +151,35 @@ def measured(profile: Profile, table: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    folder = Path(profile.results) / "records"
-    rows: list[dict[str, Any]] = []
-    for cell in cells(profile, table):
-        path = record_path(folder, "evaluate", cell.config.name)
-        if path.exists():
-            rows += _rows(cell, load_record(path))
+    rows = [row for cell, record in recorded_cells(profile, table) for row in _rows(cell, record)]
     if not rows:
-        raise UserError(f"No run of {table} is in '{folder}' yet: run the profile, then make its tables.")
+        raise UserError(f"No run of {table} is in '{_records(profile)}' yet: run the profile, then make its tables.")
     # What trains nothing is one record, whatever the seed of the row.
-    found = pd.DataFrame(rows).drop_duplicates(["model", "row", "family", "task", "record"], ignore_index=True)
-    codes = {code: names[0] for code, names in found.groupby("code")["record"].unique().items()}
+    return pd.DataFrame(rows).drop_duplicates(["model", "row", "family", "task", "record"], ignore_index=True)
+
+
+def _records(profile: Profile) -> Path:
+    return Path(profile.results) / "records"
+
+
+def recorded_cells(profile: Profile, table: str) -> list[tuple[Cell, Record]]:
+    """The cells of a table that have been measured, each with its record: what tables, claims and figures are made of.
+
+    Raises:
+        UserError: a record is of another configuration than its cell's; two were made with different models or
+            questions of one name; or they come from two versions of the measuring code.
+    """
+    found = [(cell, find_record(_records(profile), cell.config)) for cell in cells(profile, table)]
+    there = [(cell, record) for cell, record in found if record is not None]
+    trained = [find_record(_records(profile), r.config.model) for _, r in there if not isinstance(r.config.model, str)]
+    check_consistent([*(record for _, record in there), *(record for record in trained if record is not None)])
+    codes = {record.provenance.code: record.name for _, record in there}
     if len(codes) > 1:
         raise UserError(
             f"The records of {table} come from {len(codes)} versions of the measuring code (such as those of "
             f"{' and '.join(codes.values())}): remove the older ones and run again."
         )
-    return found
+    return there
 
 
 def _rows(cell: Cell, record: Record) -> list[dict[str, Any]]:

@@ -180,6 +180,11 @@ def _elsewhere(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
     untrained = isinstance(record.config, EvaluateConfig) and isinstance(record.config.model, str)
     bases = [name for name in ("base", *(["evaluated"] if untrained else [])) if name in before.model_sha256]
     inputs += [("model", name, before.model_sha256, after.model_sha256) for name in bases]
+    inputs += [
+        ("files of model", name, before.files_sha256, after.files_sha256)
+        for name in bases
+        if name in before.files_sha256
+    ]
     for kind, name, a, b in inputs:
         same = a[name] == b.get(name)
         yield same, f"{kind} {name}: {'the same' if same else 'another than the record was made with'}"

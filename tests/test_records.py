@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from alps_repro.recipe import (
     RecallConfig,
     Recipe,
 )
-from alps_repro.records import load_record, load_records, record_path, write_whole
+from alps_repro.records import SCORES, load_record, load_records, record_path, scores_hash, write_whole
 from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
 from alps_repro.scores import HeadScores
 
@@ -180,7 +182,15 @@ def test_hashes_and_counts_are_those_of_the_files(done: Chain) -> None:
     assert finetuned.provenance.model_sha256 == {"base": base, "tuned": model_hash(tuned)}
     assert evaluated.provenance.model_sha256 == {"base": base, "evaluated": model_hash(tuned)}
     seen = data_hash(training_examples("chain_sum", size=4, seed=0))
-    assert finetuned.provenance.data_sha256 == {"chain_sum": seen}
+    assert finetuned.provenance.data_sha256 == {"chain_sum": seen, SCORES: scores_hash(localized.result)}
+    files = finetuned.provenance.files_sha256
+    assert files["base"]["tokenizer.json"] == hashlib.sha256((done.base / "tokenizer.json").read_bytes()).hexdigest()
+    base_files = {"base/model.safetensors", "base/generation_config.json"}
+    assert files["tuned"].keys() > {"adapter_model.safetensors", *base_files}
+        "adapter_model.safetensors",
+        "base/model.safetensors",
+        "base/generation_config.json",
+    }
     assert re.fullmatch("[0-9a-f]{64}", evaluated.provenance.data_sha256["chain_sum"])
 
     trained = sum(value.numel() for value in load_file(tuned / "adapter_model.safetensors").values())
@@ -288,12 +298,13 @@ def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatc
             seen.add(str(path.relative_to(package)))
         path.write_bytes(text)
     assert code() == before == records._code()
-    modules = (
-        *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
-        *("training", "evaluation", "sandbox"),
-    )
-    within = {str(path.relative_to(package)) for name in ("tuner", "tasks") for path in (package / name).glob("*.*")}
-    assert seen == {f"{name}.py" for name in modules} | within
+    # All that runs import, settings and recipes too; found without the package's own way to find it.
+    found = ModuleFinder(path=[str(tmp_path)])
+    found.run_script(str(package / "runs.py"))
+    imported = {Path(module.__file__) for name, module in found.modules.items() if name.startswith("alps_repro")}
+    assert seen == {str(path.relative_to(package)) for path in {*imported, package / "runs.py"}}
+    assert {"recipe.py", "history.py", "records.py", "training.py", "tuner/rows.py", "tasks/offline.py"} < seen
+    assert not {"tables.py", "claims.py", "figures.py", "report.py", "cli.py", "plan.py"} & seen
 
 
 # Once is enough
@@ -427,7 +438,7 @@ def breakable(tmp_path: Path) -> Chain:
 
 def test_failure_is_recorded_and_replaces_nothing(breakable: Chain, validator: jsonschema.Draft202012Validator) -> None:
     chain = breakable
-    completed = chain.path["finetune"]
+    completed = chain.path["localize"]  # it reads the base first
     failed = completed.with_suffix(".failed.json")
     shutil.rmtree(chain.folder / "models")
     weights = (chain.base / "model.safetensors").read_bytes()
@@ -444,7 +455,7 @@ def test_failure_is_recorded_and_replaces_nothing(breakable: Chain, validator: j
     assert stored["status"] == "failed"
     assert stored["result"] == {}
     assert stored["error"] == str(caught.value)
-    assert stored["config"] == chain.finetuning.dump()
+    assert stored["config"] == chain.localization.dump()
     # A table made now is made of what did come out.
     assert [record.status for record in load_records(chain.folder / "records")] == ["completed", "completed"]
 

@@ -1,0 +1,14 @@
+"""What settings were before they existed, or before their default changed: old records stay readable by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: {class of settings: {setting: the value that counts in records that lack it}}. A setting that is added, or whose
+#: default changes, gets a line: the value that runs had until then. It is also the value that is left out of the names
+#: of runs, so that names stay as they are.
+FORMER: dict[str, dict[str, Any]] = {
+    "EvaluateConfig": {"autocast": "none"},
+    "LocalizeConfig": {"dataset": None, "questions": 64},
+    "Recipe": {"warmup_steps": None, "validation": None, "patience": None},
+}
