@@ -106,7 +106,7 @@ def differences(then: Settings, now: Settings, of: str = "") -> list[str]:
         if isinstance(a, Settings) and type(a) is type(b):
             found += differences(a, b, f"{path}.")
         elif a != b:
-            found.append(f"{path} is {_short(a)} there and {_short(b)} here")
+            found.append(f"{path} was {_short(a)} and is {_short(b)} now")
     return found
 
 

@@ -187,10 +187,6 @@ def test_hashes_and_counts_are_those_of_the_files(done: Chain) -> None:
     assert files["base"]["tokenizer.json"] == hashlib.sha256((done.base / "tokenizer.json").read_bytes()).hexdigest()
     base_files = {"base/model.safetensors", "base/generation_config.json"}
     assert files["tuned"].keys() > {"adapter_model.safetensors", *base_files}
-        "adapter_model.safetensors",
-        "base/model.safetensors",
-        "base/generation_config.json",
-    }
     assert re.fullmatch("[0-9a-f]{64}", evaluated.provenance.data_sha256["chain_sum"])
 
     trained = sum(value.numel() for value in load_file(tuned / "adapter_model.safetensors").values())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,7 @@ def test_a_tuned_model_that_was_changed_is_not_taken_for_the_run(place: Path, ca
     _, folder = finetune_run(finetuning(), "results", progress=False)
     hashes = file_hashes(folder)
     change_weights(folder / "adapter_model.safetensors")
-    with pytest.raises(OtherRun, match="tuned model .* has changed"):
+    with pytest.raises(OtherRun, match=r"tuned model .* has changed"):
         done(evaluation(), "results")
     finetune_run(finetuning(), "results", progress=False)
     assert "is made again" in capsys.readouterr().err
@@ -227,24 +229,20 @@ def test_a_model_changed_while_it_is_read_is_an_error(place: Path, monkeypatch: 
 # Configurations
 
 
-def test_a_default_that_changed_is_another_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name is the same, since names leave defaults out."""
-    old = evaluation()
-    monkeypatch.setattr(Recipe.model_fields["weight_decay"], "default", 0.2)
-    Recipe.model_rebuild(force=True), FinetuneConfig.model_rebuild(force=True), EvaluateConfig.model_rebuild(force=True)
-    try:
-        new = evaluation().model_copy(
-            update={
-                "model": finetuning().model_copy(update={"recipe": Recipe(**RECIPE.model_dump(exclude_unset=True))})
-            }
-        )
-        assert new.name == old.name
-        with pytest.raises(OtherRun, match=r"model.recipe.weight_decay is 0.1 there and 0.2 here"):
-            find_record(Path("results/records"), new)
-    finally:
-        monkeypatch.undo()
-        for kind in (Recipe, FinetuneConfig, EvaluateConfig):
-            kind.model_rebuild(force=True)
+def test_a_table_made_with_another_default_shows_none_of_the_records(tmp_path: Path) -> None:
+    """The runs' names are the same, since names leave defaults out."""
+    shutil.copytree(CHECKOUT / "alps_repro", tmp_path / "alps_repro")
+    for folder in ("profiles", "results"):
+        (tmp_path / folder).symlink_to(CHECKOUT / folder)
+    path = tmp_path / "alps_repro" / "recipe.py"
+    source = path.read_text()
+    path.write_text(source.replace("weight_decay: float = Field(0.1,", "weight_decay: float = Field(0.2,"))
+    assert path.read_text() != source
+    command = [sys.executable, "-m", "alps_repro.cli", "table", "cpu", "table1"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    made = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert made.returncode == 2
+    assert "recipe.weight_decay was 0.1 and is 0.2 now" in made.stderr
 
 
 @pytest.fixture
@@ -295,13 +293,13 @@ def drop_decay(stored: dict[str, Any]) -> None:
         brought(
             KIND,
             "a record of a run with another weight decay, under the same name",
-            "model.recipe.weight_decay is 0.2 there and 0.1 here",
+            "model.recipe.weight_decay was 0.2 and is 0.1 now",
             *(set_decay, "alps", ""),
         ),
         brought(
             KIND,
             "a record of an evaluation with another batch size, under the same name",
-            "batch_size is 4 there and 16 here",
+            "batch_size was 4 and is 32 now",
             *(set_limit, "vanilla", ""),
         ),
         brought(
@@ -395,6 +393,6 @@ def test_records_are_read_once_for_each_state(tmp_path: Path) -> None:
     shutil.copy(path, tmp_path / path.name)
     assert find_record(tmp_path, record.config) is find_record(tmp_path, record.config)
     stored = json.loads(path.read_text())
-    stored["result"]["scores"] = {task: 1.0 for task in stored["result"]["scores"]}
+    stored["result"]["scores"] = dict.fromkeys(stored["result"]["scores"], 1.0)
     (tmp_path / path.name).write_text(json.dumps(stored))
     assert set(find_record(tmp_path, record.config).result["scores"].values()) == {1.0}
