@@ -155,6 +155,7 @@ def test_penalty_of_jola_by_hand() -> None:
     only = tuner(edited("llama", JolaConfig(edits="additive")))
     assert float(only.penalty(0.0).detach()) == 0
     assert float(only.penalty(1.0).detach()) > 0
+    assert float(tuner(model).penalty(0.0)) == 0  # λ = 0: none on the scale's gates either
 
 
 def test_penalty_of_lofit_by_hand() -> None:
@@ -168,12 +169,21 @@ def test_weight_of_the_gates_by_hand() -> None:
     assert jola.gate_weight("exponential", 0, 100) == 0.1
     assert jola.gate_weight("exponential", 50, 100) == pytest.approx(0.1 * math.exp(-0.5))
     assert [jola.gate_weight("linear", step, 100) for step in (0, 50, 100)] == pytest.approx([0, 0.1, 0.2])
-    assert [jola.gate_weight("cyclic", step, 100) for step in (0, 5, 10, 15, 20, 30)] == pytest.approx(
-        [0, 0.1, 0.2, 0.1, 0, 0.2]
+    assert [jola.gate_weight("cyclic", step, 100) for step in (0, 2, 5, 10, 15, 20, 25)] == pytest.approx(
+        [0.5, 0.5 + 0.5 * math.sin(0.2 * math.pi), 1, 0.5, 0, 0.5, 1]
     )
-    assert [jola.gate_weight("performance", 9, 100, worse) for worse in (0, 2, -3, -99)] == pytest.approx(
-        [0.1, 0.12, 0.07, 0]
-    )
+    assert all(jola.gate_weight("cyclic", step, 100) == 0 for step in (15, 35, 55))  # no penalty at all in these
+
+
+def test_performance_schedule_by_hand() -> None:
+    """From 0.1, up where a step's loss fell and down where it rose, cut at 0 and 1 in every step."""
+    losses = [3.0, 2.0, 1.0, 1.5, 1.5, 1.4]
+    found = [jola.gate_weight("performance", step, 100, losses[:step]) for step in range(7)]
+    assert found == pytest.approx([0.1, 0.1, 0.11, 0.12, 0.11, 0.11, 0.12])
+    falling, rising = list(range(200, 0, -1)), list(range(200))
+    assert jola.gate_weight("performance", 200, 200, falling) == 1
+    assert jola.gate_weight("performance", 200, 200, rising) == 0
+    assert jola.gate_weight("performance", 201, 300, [*rising, 0]) == pytest.approx(0.01)  # not below 0 before
 
 
 def test_closed_gates_are_counted() -> None:

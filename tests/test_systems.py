@@ -117,9 +117,9 @@ def test_weight_of_the_gates_moves_with_optimizer_steps_alone(base: Path, tmp_pa
     asked: list[tuple[int, int]] = []
     real = jola.gate_weight
 
-    def gate_weight(schedule: str, step: int, steps: int, worse: int = 0) -> float:
+    def gate_weight(schedule: str, step: int, steps: int, losses: Any = ()) -> float:
         asked.append((step, steps))
-        return real(schedule, step, steps, worse)
+        return real(schedule, step, steps, losses)
 
     import alps_repro.tuner
 
