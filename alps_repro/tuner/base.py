@@ -27,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
 
-#: Names of the new heads of tasks, as `transformers` has them and peft adds them to `modules_to_save`, by `task_type`.
+#: By `task_type`, names of the new heads of tasks, as `transformers` has them; they are trained and saved whole. peft's
+#: models of a task say so, too, but not all of them in time for the tuner's copy of the configuration.
 NEW_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -71,7 +72,7 @@ def checked_heads(config: PeftConfig) -> list[tuple[int, int]]:
 
 
 def checked_modules(config: PeftConfig) -> list[str] | None:
-    """The `modules_to_save` of a tuner's configuration, a list of its own: peft adds to it."""
+    """The `modules_to_save` of a tuner's configuration, as a list of its own, each once: peft adds to it."""
     names = config.modules_to_save
     if names is None:
         return None
@@ -285,7 +286,8 @@ class HeadTuner(BaseTuner):
             targets = self.targets(config, layout)
             prefix = layout.prefix(_base_modules(model))
             self._targets = {prefix + path: target for path, target in targets.items()}
-            config.modules_to_save = checked_modules(config)
+            new_heads = NEW_HEADS.get(config.task_type, ())
+            config.modules_to_save = list(dict.fromkeys([*(checked_modules(config) or ()), *new_heads])) or None
             self._check_modules_to_save(config, model)
             if config.fingerprint is None:
                 config.fingerprint = fingerprint(model)
@@ -307,13 +309,13 @@ class HeadTuner(BaseTuner):
             if not keys and name not in {head for heads in NEW_HEADS.values() for head in heads}:
                 raise UserError(f"There is no module '{name}' in this model: correct modules_to_save.")
             for key in keys:
-                if any(f"{path}.".startswith(f"{key}." if key else "") or key.startswith(f"{path}.") for path in taken):
+                if any(f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}.") for path in taken):
                     raise UserError(
                         f"The module '{key}' of modules_to_save holds heads that the adapter trains itself: name "
                         "modules outside of them, such as 'lm_head'."
                     )
         new_heads = NEW_HEADS.get(config.task_type, ())
-        if new_heads and not any(key.endswith(new_heads) for key in modules):
+        if new_heads and not any(found[name] for name in new_heads):
             raise UserError(
                 f"The task_type calls for a model with a new head ({' or '.join(new_heads)}), and this one has none: "
                 "load it with the task's AutoModel class, or leave task_type out."

@@ -42,8 +42,8 @@ class AlpsConfig(PeftConfig):
     fingerprint: of the base model (see `alps_repro.tuner.base.fingerprint`); filled in when the adapter is made, and
         checked when it is loaded.
     target_modules: the projections that hold those rows; filled in from the model, as for other tuners.
-    modules_to_save: modules that are trained and saved whole beside the heads, by the ends of their paths; peft adds
-        the new head of a `task_type` that has one (`score`, `classifier`, `qa_outputs`).
+    modules_to_save: modules that are trained and saved whole beside the heads, by the ends of their paths; the new head
+        of a `task_type` that has one (`score`, `classifier`, `qa_outputs`) is added.
     """
 
     heads: Iterable[tuple[int, int]] = field(default_factory=tuple)
