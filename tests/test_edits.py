@@ -326,7 +326,7 @@ def test_two_adapters_are_one_after_the_other() -> None:
 
 
 def several(name: str, kind: str) -> PeftModel:
-    """A model with the adapters `a`, `b` and `c`, whose scales and offsets do not commute, or with scales alone."""
+    """A model with the adapters `x`, `y` and `z`, whose scales and offsets do not commute, or with scales alone."""
     if kind == "jola":
         edits = ("both", "additive", "multiplicative")
         first, *others = [JolaConfig(edits=e, init_std=0.3, heads=None if e == "both" else HEADS) for e in edits]
@@ -338,8 +338,8 @@ def several(name: str, kind: str) -> PeftModel:
         stages = ("offset", "scale", "offset")
         first, *others = [LofitConfig(stage=stage, init_std=0.3) for stage in stages]
     torch.manual_seed(3)
-    model = get_peft_model(some_model(name, **still(name)), first, adapter_name="a")
-    for letter, config in zip("bc", others):
+    model = get_peft_model(some_model(name, **still(name)), first, adapter_name="x")
+    for letter, config in zip("yz", others):
         model.add_adapter(letter, config)
     return model
 
@@ -352,12 +352,12 @@ def several(name: str, kind: str) -> PeftModel:
 @pytest.mark.filterwarnings("ignore:Already following adapters were merged", "ignore:The active adapters")
 def test_merged_in_any_way_is_active_at_once(name: str, kind: str) -> None:
     model = several(name, kind).eval()
-    before, close, seen = state(model), {"rtol": 1e-4, "atol": 2e-5}, []
-    for order in [*itertools.permutations("abc"), ("a", "b"), ("b", "a"), ("c",)]:
-        order = list(order)
+    before, close, seen = state(model), {"rtol": 1e-4, "atol": 2e-5}, {}
+    for names in [*itertools.permutations("xyz"), ("x", "y"), ("y", "x"), ("z",)]:
+        order = list(names)
         model.base_model.set_adapter(order)
         active = logits(model)
-        seen.append(active)
+        seen[names] = active
         merged = []
         for groups in ([order], [[letter] for letter in order], [order[:1], order[1:]], [order[:-1], order[-1:]]):
             for group in filter(None, groups):
@@ -377,7 +377,7 @@ def test_merged_in_any_way_is_active_at_once(name: str, kind: str) -> None:
             assert torch.equal(logits(start.merge_and_unload()), merged[0])
         model.unmerge_adapter()
     if kind != "jola scales":  # else the order would not be tested
-        assert min(float((a - b).abs().max()) for a, b in itertools.combinations(seen, 2)) > 1e-3
+        assert float((seen["x", "y"] - seen["y", "x"]).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -385,11 +385,11 @@ def test_merged_in_any_way_is_active_at_once(name: str, kind: str) -> None:
 def test_merging_in_half_precision_rounds_once(dtype: torch.dtype) -> None:
     """However many steps it takes: all adapters are written anew onto the base."""
     model = several("gpt2", "jola").to(dtype).eval()
-    model.base_model.set_adapter(list("abc"))
+    model.base_model.set_adapter(list("xyz"))
     model.merge_adapter()
     at_once = state(model)
     model.unmerge_adapter()
-    for letter in "abc":
+    for letter in "xyz":
         model.merge_adapter([letter])
     assert same(state(model), at_once)
 
@@ -409,14 +409,14 @@ def test_merging_draws_no_gates() -> None:
 
 def test_offsets_without_a_bias_stay_refused_after_a_merge() -> None:
     model = several("llama", "lofit").eval()
-    model.base_model.set_adapter(["b", "a"])
+    model.base_model.set_adapter(["y", "x"])
     active, before = logits(model), state(model)
     with pytest.raises(UserError, match="which has no bias to fold it into"):
         model.merge_adapter()
     assert same(state(model), before)
-    model.merge_adapter(["b"])
+    model.merge_adapter(["y"])
     with pytest.raises(UserError, match="which has no bias to fold it into"):
-        model.merge_adapter(["a"])
+        model.merge_adapter(["x"])
     model.unmerge_adapter()
     assert same(state(model), before)
     assert torch.equal(logits(model), active)
@@ -595,17 +595,18 @@ def test_adapter_beside_a_merged_one_is_of_the_base(kind: str, loaded: bool, tmp
 def test_gradient_checkpointing(name: str, kind: str, reentrant: bool) -> None:
     """The gates drawn in the forward pass are those that it is computed with again: the same gradients, to the bit."""
     ids, gradients = tokens(), []
-    for checkpointing in (False, True):
+    for checkpointing, seed in ((False, 8), (True, 8), (True, 9)):
         model = edited(name, CONFIGS[kind](init_std=0.3)).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             if reentrant:  # reentrant checkpointing passes gradients only where the input asks for one
                 model.enable_input_require_grads()
-        torch.manual_seed(8)
+        torch.manual_seed(seed)
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert all(g.abs().sum() > 0 for g in gradients[0].values())
-    assert same(*gradients)
+    assert sum(float(g.abs().sum()) for g in gradients[0].values()) > 0
+    assert same(*gradients[:2])
+    assert same(*gradients[1:]) == (kind == "lofit scale")  # which draws nothing
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
