@@ -353,7 +353,8 @@ def several(name: str, kind: str) -> PeftModel:
 def test_merged_in_any_way_is_active_at_once(name: str, kind: str) -> None:
     model = several(name, kind).eval()
     before, close, seen = state(model), {"rtol": 1e-4, "atol": 2e-5}, {}
-    for names in [*itertools.permutations("xyz"), ("x", "y"), ("y", "x"), ("z",)]:
+    three = itertools.permutations("xyz") if name == "gpt2" else [("z", "x", "y")]
+    for names in [*three, ("x", "y"), ("y", "x")]:
         order = list(names)
         model.base_model.set_adapter(order)
         active = logits(model)
