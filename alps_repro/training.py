@@ -9,7 +9,6 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -388,9 +387,10 @@ def _trainer(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
                 return tuner.penalty()
             # By the optimizer's steps: neither micro-batches nor evaluations move it.
             (config,) = tuner.peft_config.values()
-            found = _validation_losses(self.state.log_history)
-            worse = sum((b > a) - (b < a) for a, b in pairwise(found))
-            return tuner.penalty(gate_weight(config.schedule, self.state.global_step, self.state.max_steps, worse))
+            # Losses out of what a checkpoint keeps, so that a resumed run goes on with the same weight.
+            moved = self.state.log_history if config.schedule == "performance" else ()
+            losses = [entry["loss"] for entry in moved if "loss" in entry]
+            return tuner.penalty(gate_weight(config.schedule, self.state.global_step, self.state.max_steps, losses))
 
     return PenalizedTrainer(**arguments)
 

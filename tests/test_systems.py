@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_training import LONG, files
+from test_training import LONG, files, interrupt
 from tiny_models import tiny_checkpoint, tiny_model
 
 from alps_repro import HeadLayout, HeadScores, Recipe, finetune, load_model
@@ -117,9 +118,9 @@ def test_weight_of_the_gates_moves_with_optimizer_steps_alone(base: Path, tmp_pa
     asked: list[tuple[int, int]] = []
     real = jola.gate_weight
 
-    def gate_weight(schedule: str, step: int, steps: int, worse: int = 0) -> float:
+    def gate_weight(schedule: str, step: int, steps: int, losses: Any = ()) -> float:
         asked.append((step, steps))
-        return real(schedule, step, steps, worse)
+        return real(schedule, step, steps, losses)
 
     import alps_repro.tuner
 
@@ -128,6 +129,42 @@ def test_weight_of_the_gates_moves_with_optimizer_steps_alone(base: Path, tmp_pa
     tuned = run(base, tmp_path / "tuned", "jola", recipe=recipe)
     assert asked == [(step, 4) for step in range(4) for _ in range(2)]
     assert len(tuned.validation) == 2
+
+
+@pytest.mark.parametrize("schedule", jola.SCHEDULES)
+def test_schedule_goes_on_in_a_resumed_run(schedule: str, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Also that of `performance`, which follows the training losses, and no validation."""
+    import alps_repro.tuner
+
+    weights: list[float] = []
+
+    def gate_weight(*given: Any) -> float:
+        weights.append(jola.gate_weight(*given))
+        return weights[-1]
+
+    def own(target: Any) -> JolaConfig:
+        return JolaConfig(heads=target.heads, schedule=schedule, task_type="CAUSAL_LM")
+
+    monkeypatch.setattr(alps_repro.tuner, "gate_weight", gate_weight)
+    monkeypatch.setitem(ADAPTERS, "jola", replace(ADAPTERS["jola"], config=own))
+    recipe = {"max_steps": 8, "checkpoint_steps": 2}
+    whole = run(base, tmp_path / "whole", "jola", recipe=recipe)
+    moved = weights[::2]  # two micro-batches a step
+    assert moved == weights[1::2]
+    assert moved == [jola.gate_weight(schedule, step, 8, whole.losses[:step]) for step in range(8)]
+    assert len(set(moved)) > 2
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=12)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, tmp_path / "out", "jola", recipe=recipe)
+    weights.clear()
+    resumed = run(base, tmp_path / "out", "jola", recipe=recipe)
+    assert weights[::2] == moved[4:]
+    assert resumed.losses == whole.losses
+    assert files(resumed.path) == files(whole.path)
+    weights.clear()
+    validated = run(base, tmp_path / "validated", "jola", recipe={**recipe, "validation": 4, "examples": 32})
+    assert weights[::2] == [jola.gate_weight(schedule, step, 8, validated.losses[:step]) for step in range(8)]
 
 
 def test_closed_gates_are_reported(base: Path, tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ those are (`HeadTuner`).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import operator
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,12 +19,21 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
-from alps_repro.errors import UserError
+from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
+
+#: By `task_type`, names of the new heads of tasks, as `transformers` has them; they are trained and saved whole. peft's
+#: models of a task say so, too, but not all of them in time for the tuner's copy of the configuration.
+NEW_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -58,15 +71,35 @@ def checked_heads(config: PeftConfig) -> list[tuple[int, int]]:
     return found
 
 
+def checked_modules(config: PeftConfig) -> list[str] | None:
+    """The `modules_to_save` of a tuner's configuration, as a list of its own, each once: peft adds to it."""
+    names = config.modules_to_save
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{type(config).__name__}(modules_to_save=...) takes a list of names of modules.")
+    return list(dict.fromkeys(names))
+
+
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a base by their paths in it, without what adapters put around or beside them."""
+    found = {}
+    for name, module in model.named_modules():
+        if ".modules_to_save." not in name and not isinstance(module, AuxiliaryTrainingWrapper):
+            found[name.removesuffix(".base_layer").replace(".original_module", "")] = module
+    return found
+
+
 def fingerprint(model: nn.Module) -> dict[str, Any] | None:
     """What identifies a base model, whatever dtype or quantization it was loaded in.
 
     `layout`: its `HeadLayout`. `outside`: SHA-256 of everything that quantization leaves alone (embeddings, norms),
     rounded to bfloat16. `projections`: the same of its query, key and value projections, or None where those are
-    quantized. None for a model whose weights are not there (on the meta device).
+    quantized. The heads of tasks are in neither: new ones start at random. None for a model whose weights are not
+    there (on the meta device).
     """
     layout = HeadLayout.of(model)
-    modules = {name.removesuffix(".base_layer"): m for name, m in model.named_modules() if hasattr(m, "weight")}
+    modules = {name: module for name, module in _base_modules(model).items() if hasattr(module, "weight")}
     prefix = layout.prefix(modules)
     attention = {prefix + path for layer in range(layout.layers) for path in layout.modules(layer)}
     outside, projections, quantized = hashlib.sha256(), hashlib.sha256(), False
@@ -146,6 +179,7 @@ class HeadLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self._active_adapter = adapter_name
         self.merged_adapters = []
+        self._kept: tuple[torch.Tensor, torch.Tensor | None] | None = None  # the base's own, while it is merged into
 
     def update_layer(self, adapter_name: str, target: Any) -> None:
         """Add an adapter; `target` is what `HeadTuner.targets` says of this projection."""
@@ -161,7 +195,8 @@ class HeadLayer(nn.Module, BaseTunerLayer):
         Raises:
             UserError: they cannot be used together.
         """
-        return [name for name in adapters if any(name in getattr(self, kind) for kind in self.adapter_layer_names)]
+        names = dict.fromkeys(adapters)
+        return [name for name in names if any(name in getattr(self, kind) for kind in self.adapter_layer_names)]
 
     @property
     def in_use(self) -> list[str]:
@@ -169,37 +204,61 @@ class HeadLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters or self.merged else self.own(self.active_adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the base layer; `unmerge` brings the base's own weights back, bit by bit."""
-        adapters = self.own(check_adapters_to_merge(self, adapter_names))
-        if not adapters:
-            return
-        if hasattr(self.base_layer.weight, "quant_state") or in_int8(self.base_layer):
+        """Write adapters into the base layer; `unmerge` brings the base's own weights back, bit by bit.
+
+        All that are merged are written anew, so that one after the other they are what they are when active at once.
+        `merged_adapters` names those without a part in this projection, too: no layer goes on with others.
+        """
+        adapters = list(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        both = [*self.merged_adapters, *adapters]
+        if self.own(adapters):
+            self.check_in_place(both)
+            if safe_merge:
+                self.check_finite(both)
+            base = self.base_layer
+            if self._kept is None:
+                self._kept = (base.weight.detach().clone(), None if base.bias is None else base.bias.detach().clone())
+            self._restore(base)
+            self.write_into(base, self.own(both))
+        self.merged_adapters = both
+
+    def check_in_place(self, adapters: list[str]) -> None:
+        """Raise `UserError` where these adapters cannot be written into the base layer itself."""
+        if self.own(adapters) and (hasattr(self.base_layer.weight, "quant_state") or in_int8(self.base_layer)):
             raise UserError(
                 "An adapter cannot be merged into a quantized projection in place: use merge_and_unload(), which gives "
                 "a plain float model."
             )
-        self.own(self.merged_adapters + adapters)
-        trained = [getattr(self, kind) for kind in self.adapter_layer_names]
-        finite = all(torch.isfinite(kind[name]).all() for kind in trained for name in adapters if name in kind)
-        if safe_merge and not finite:
-            raise UserError(f"The adapter {adapters[0]} holds NaN or infinite weights and was not merged.")
-        if not self.merged_adapters:
-            base = self.base_layer
-            self._kept = (base.weight.detach().clone(), None if base.bias is None else base.bias.detach().clone())
-        self.write_into(self.base_layer, adapters)
-        self.merged_adapters.extend(adapters)
+
+    def check_finite(self, adapters: list[str]) -> None:
+        """Raise `UserError` where merging would write NaN or infinite weights, which a base in float16 soon has."""
+        own, kinds = self.own(adapters), [getattr(self, kind) for kind in self.adapter_layer_names]
+        broken = [n for n in own if not all(torch.isfinite(kind[n]).all() for kind in kinds if n in kind)]
+        if own and not broken and self.base_layer.weight.is_floating_point():
+            dense = copy.deepcopy(self.base_layer)
+            self._restore(dense)
+            self.write_into(dense, own)
+            if not all(torch.isfinite(p).all() for p in (dense.weight, dense.bias) if p is not None):
+                broken = own
+        if broken:
+            raise UserError(
+                f"Merging {', '.join(broken)} would write NaN or infinite weights, so nothing was merged: train again "
+                "at a lower rate, or load the base in a wider dtype."
+            )
 
     @torch.no_grad()
+    def _restore(self, module: nn.Module) -> None:
+        if self._kept is not None:
+            weight, bias = self._kept
+            module.weight.copy_(weight)
+            if bias is not None:
+                module.bias.copy_(bias)
+
     def unmerge(self) -> None:
         """Undo `merge`."""
-        if not self.merged:
-            return
-        weight, bias = self._kept
-        self.base_layer.weight.copy_(weight)
-        if bias is not None:
-            self.base_layer.bias.copy_(bias)
-        self.merged_adapters.clear()
-        del self._kept
+        self._restore(self.base_layer)
+        self._kept = None
+        self.merged_adapters = []
 
 
 class HeadTuner(BaseTuner):
@@ -211,19 +270,56 @@ class HeadTuner(BaseTuner):
         """{path of a projection, from the decoder: what its layer has to know of an adapter}."""
         raise NotImplementedError
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are written into the base's own weights, in the order in which they were."""
+        return next((list(layer.merged_adapters) for layer in self._layers().values()), [])
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        layout = HeadLayout.of(model)
-        targets = self.targets(config, layout)
-        prefix = layout.prefix(name.removesuffix(".base_layer") for name, _ in model.named_modules())
-        if config.fingerprint is None:
-            config.fingerprint = fingerprint(model)
-        else:
-            check_fingerprint(config.fingerprint, model)
-        self._targets = {prefix + path: target for path, target in targets.items()}
-        config.target_modules = list(self._targets)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.target_modules = None  # it follows from the heads, and is not saved beside them
+        # A copy: what is filled in below is this model's, and the caller may use the configuration on another.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        merged = self.merged_adapters
+        if merged:  # what a new adapter starts from, and is checked against, is the base
+            self.unmerge_adapter()
+        try:
+            layout = HeadLayout.of(model)
+            targets = self.targets(config, layout)
+            prefix = layout.prefix(_base_modules(model))
+            self._targets = {prefix + path: target for path, target in targets.items()}
+            new_heads = NEW_HEADS.get(config.task_type, ())
+            config.modules_to_save = list(dict.fromkeys([*(checked_modules(config) or ()), *new_heads])) or None
+            self._check_modules_to_save(config, model)
+            if config.fingerprint is None:
+                config.fingerprint = fingerprint(model)
+            else:
+                check_fingerprint(config.fingerprint, model)
+            config.target_modules = list(self._targets)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config.target_modules = None  # it follows from the heads, and is not saved beside them
+        finally:
+            if merged:
+                self.merge_adapter(merged)
+
+    def _check_modules_to_save(self, config: PeftConfig, model: nn.Module) -> None:
+        """Raise `UserError` for names that peft would pass over, or that lead to what the adapter trains itself."""
+        modules = dict(model.named_modules())
+        taken = {*self._targets, *(name for name, module in modules.items() if isinstance(module, HeadLayer))}
+        found = {name: [key for key in modules if key.endswith(name)] for name in config.modules_to_save or ()}
+        for name, keys in found.items():
+            if not keys and name not in {head for heads in NEW_HEADS.values() for head in heads}:
+                raise UserError(f"There is no module '{name}' in this model: correct modules_to_save.")
+            for key in keys:
+                if any(f"{path}.".startswith(f"{key}.") or key.startswith(f"{path}.") for path in taken):
+                    raise UserError(
+                        f"The module '{key}' of modules_to_save holds heads that the adapter trains itself: name "
+                        "modules outside of them, such as 'lm_head'."
+                    )
+        new_heads = NEW_HEADS.get(config.task_type, ())
+        if new_heads and not any(found[name] for name in new_heads):
+            raise UserError(
+                f"The task_type calls for a model with a new head ({' or '.join(new_heads)}), and this one has none: "
+                "load it with the task's AutoModel class, or leave task_type out."
+            )
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         return peft_config
@@ -262,15 +358,100 @@ class HeadTuner(BaseTuner):
     def _layers(self) -> dict[str, HeadLayer]:
         return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, HeadLayer)}
 
-    def check_merge(self, adapter_names: list[str] | None) -> None:
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapter, or several, which are used one after the other in this order."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+        for name in names:
+            one_of("adapter", name, self.peft_config)
+        super().set_adapter(adapter_name if isinstance(adapter_name, str) else names, inference_mode)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_mixed(kwargs)
+        return super().forward(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # `PeftModel` asks here, and then leaves `adapter_names` out of what it hands on.
+        self._refuse_mixed(kwargs)
+        yield
+
+    def _refuse_mixed(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "The adapters of a batch cannot be mixed by adapter_names: call the model once for each adapter, after "
+                "set_adapter(name)."
+            )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """An adapter's tensors by their names in the model; peft itself passes over what is missing or left over.
+
+        Raises:
+            UserError: they are not those that the configuration calls for, or the adapter is merged.
+        """
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        asked: set[str] = set()
+        for path, module in model.named_modules():
+            if isinstance(module, HeadLayer):
+                if adapter_name in module.merged_adapters:
+                    raise UserError(f"The adapter {adapter_name} is merged: call unmerge_adapter() before you load it.")
+                kinds = [kind for kind in module.adapter_layer_names if adapter_name in getattr(module, kind)]
+                asked.update(f"{path}.{kind}.{adapter_name}" for kind in kinds)
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                asked.update(f"{path}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+        own = model.state_dict()
+        lacking, unasked = asked - found.keys(), found.keys() - asked
+        others = {name for name in asked & found.keys() if own[name].shape != found[name].shape}
+        for what, names in (
+            ("lacks '{}', which its configuration calls for", lacking),
+            ("holds '{}', which its configuration does not call for", unasked),
+            ("holds '{}' in another shape", others),
+        ):
+            if names:
+                raise UserError(
+                    f"The file of the adapter {adapter_name} {what.format(min(names))} ({len(names)} such tensors): "
+                    "save the adapter again, with save_embedding_layers=False."
+                )
+        return found
+
+    def check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
         """Raise `UserError` where adapters (by default the active ones) cannot be merged, before the first layer is."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            raise UserError(f"Adapters to merge are given as a list: ['{names}'].")
+        for name in names:
+            one_of("adapter", name, self.peft_config)
+        names = [*self.merged_adapters, *names]
+        for name in names:
+            if name not in self.active_adapters and self.peft_config[name].modules_to_save:
+                raise UserError(
+                    f"The adapter {name} has modules of its own (modules_to_save), and a merged model has those of the "
+                    f"active adapter: call set_adapter('{name}') before you merge it."
+                )
         for layer in self._layers().values():
-            layer.own(list(dict.fromkeys([*layer.merged_adapters, *(adapter_names or layer.active_adapters)])))
+            layer.own(names)
+            if safe_merge:
+                layer.check_finite(names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write adapters (by default the active ones) into the base's own weights; `unmerge_adapter` undoes it."""
-        self.check_merge(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        """Write adapters (by default the active ones) into the base's own weights; `unmerge_adapter` undoes it.
+
+        Until then the model computes with the adapters that are merged, and with no others.
+        """
+        self.check_merge(adapter_names, safe_merge)
+        for layer in self._layers().values():
+            layer.check_in_place(self.active_adapters if adapter_names is None else adapter_names)
+        super().merge_adapter(adapter_names)
+        left = [name for name in self.active_adapters if name not in self.merged_adapters]
+        if self.merged_adapters and left:
+            warnings.warn(
+                f"The active adapters {', '.join(left)} are not merged: the model computes with "
+                f"{', '.join(self.merged_adapters)} alone until they are, or until unmerge_adapter().",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _unload_and_optionally_merge(
         self,
@@ -281,12 +462,14 @@ class HeadTuner(BaseTuner):
     ) -> nn.Module:
         quantized = getattr(self.model, "hf_quantizer", None) is not None
         if merge:
-            self.check_merge(adapter_names)
+            self.check_merge(adapter_names, safe_merge)
+        elif self.merged_adapters:
+            self.unmerge_adapter()
         if not (merge and quantized):
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
         # A row in full precision cannot be put back among quantized ones: the whole model becomes a float model.
         layers = self._layers()
-        adapters = adapter_names or self.active_adapters
+        adapters = self.active_adapters if adapter_names is None else adapter_names
         model = super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         replaced = {name: m.source_cls for name, m in model.named_modules() if hasattr(m, "source_cls")}
         model = model.dequantize()

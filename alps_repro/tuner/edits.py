@@ -51,15 +51,18 @@ class EditLayer(HeadLayer):
         """What an adapter's tensors are before training, drawn from torch's global generator."""
         raise NotImplementedError
 
-    def edit(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scale and offset (edited heads, head_dim) of an adapter, None for one that it does not have."""
+    def edit(self, adapter: str, drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scale and offset (edited heads, head_dim) of an adapter, None for one that it does not have.
+
+        drawn: as in training, where they may hold noise.
+        """
         raise NotImplementedError
 
-    def _edits(self, adapters: list[str]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _edits(self, adapters: list[str], drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale and offset of the projection's whole input under these adapters, one after the other."""
         scale = offset = None
         for name in adapters:
-            own_scale, own_offset = self.edit(name)
+            own_scale, own_offset = self.edit(name, drawn)
             columns = self.columns[name].flatten()
             if own_scale is not None:
                 whole = own_scale.new_ones(self.width).index_copy(0, columns, own_scale.flatten())
@@ -73,7 +76,7 @@ class EditLayer(HeadLayer):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        scale, offset = self._edits(self.in_use)
+        scale, offset = self._edits(self.in_use, self.training)
         edited = x
         if scale is not None:
             edited = edited * scale
@@ -83,12 +86,12 @@ class EditLayer(HeadLayer):
 
     @torch.no_grad()
     def write_into(self, dense: nn.Module, adapters: list[str]) -> None:
-        """Fold scales into the weight's columns, and offsets into the bias."""
+        """Fold scales into the weight's columns, and offsets into the bias, as they are in evaluation."""
         scale, offset = self._edits(self.own(adapters))
         weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if offset is not None:
-            dense.bias += (exact @ offset.to(exact)).to(dense.bias.dtype)
+            dense.bias.copy_(dense.bias.to(exact) + exact @ offset.to(exact))
         if scale is not None:
             weight.copy_(exact * scale.to(exact))
 
@@ -106,16 +109,18 @@ class EditTuner(HeadTuner):
             found.setdefault(layout.output_module(layer), []).append(columns)
         return {path: (config, torch.stack(columns)) for path, columns in found.items()}
 
-    def check_merge(self, adapter_names: list[str] | None) -> None:
+    def check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
         """Raise `UserError` where an offset has no bias to be folded into: saving the model would lose it."""
         super().check_merge(adapter_names)
         for name, layer in self._layers().items():
-            _, offset = layer._edits(layer.own(adapter_names or layer.active_adapters))
+            _, offset = layer._edits(layer.own(layer.active_adapters if adapter_names is None else adapter_names))
             if offset is not None and layer.base_layer.bias is None:
                 raise UserError(
                     f"The adapter adds an offset to what enters '{name}', which has no bias to fold it into in this "
                     "architecture: keep the adapter beside its base (save_pretrained), or train scales alone."
                 )
+        if safe_merge:
+            super().check_merge(adapter_names, safe_merge)
 
     def penalty(self, *args: float) -> torch.Tensor:
         """What the active adapters add to the training loss; see their configuration."""

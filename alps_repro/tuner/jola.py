@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
 
 from alps_repro.errors import one_of
-from alps_repro.tuner.base import add_peft_type, checked_heads
+from alps_repro.tuner.base import add_peft_type, checked_heads, checked_modules
 from alps_repro.tuner.edits import EditLayer, EditTuner
 
 #: The name under which peft knows the tuner.
@@ -40,7 +41,7 @@ class JolaConfig(PeftConfig):
         the multiplicative ones is 1 - λ.
     heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
     init_std: standard deviation of what m and a start from.
-    fingerprint, target_modules: as of `AlpsConfig`.
+    fingerprint, target_modules, modules_to_save: as of `AlpsConfig`.
     """
 
     edits: Literal["both", "multiplicative", "additive"] = "both"
@@ -50,6 +51,7 @@ class JolaConfig(PeftConfig):
     init_std: float = 1e-3
     fingerprint: dict[str, Any] | None = None
     target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,22 +59,26 @@ class JolaConfig(PeftConfig):
         one_of("edit of JoLA", self.edits, EDITS)
         one_of("schedule of JoLA", self.schedule, SCHEDULES)
         self.heads = None if self.heads is None else checked_heads(self)
+        self.modules_to_save = checked_modules(self)
 
 
-def gate_weight(schedule: str, step: int, steps: int, worse: int = 0) -> float:
-    """λ of the penalty after so many optimizer steps of `steps`.
+def gate_weight(schedule: str, step: int, steps: int, losses: Sequence[float] = ()) -> float:
+    """λ of the penalty in the step that follows `step` optimizer steps, of `steps` in all.
 
-    `exponential`: 0.1 · exp(-0.01 t). `linear`: from 0 to 0.2. `cyclic`: between 0 and 0.2 and back within 20 steps, as
-    a triangle. `performance`: 0.1, and 0.01 more for each validation that was worse than the one before it, less for
-    each that was better (`worse`: the former less the latter), within 0 and 1.
+    `exponential`: 0.1 · exp(-0.01 t). `linear`: from 0 to 0.2. `cyclic`: 0.5 + 0.5 · sin(2πt / 20). `performance`: 0.1,
+    and with each training step 0.01 more where its loss fell, 0.01 less where it rose, within 0 and 1. `losses`: of the
+    steps so far, the penalty in them.
     """
     if schedule == "exponential":
         return 0.1 * math.exp(-0.01 * step)
     if schedule == "linear":
         return 0.2 * min(1.0, step / max(1, steps))
     if schedule == "cyclic":
-        return 0.2 * (1 - abs(2 * (step % PERIOD) / PERIOD - 1))
-    return min(1.0, max(0.0, 0.1 + 0.01 * worse))
+        return 0.5 + 0.5 * math.sin(2 * math.pi * step / PERIOD)
+    weight = 0.1
+    for before, after in pairwise(losses):
+        weight = min(1.0, max(0.0, weight + 0.01 * ((after < before) - (after > before))))
+    return weight
 
 
 def gate(log_alpha: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
@@ -106,18 +112,18 @@ class JolaLayer(EditLayer):
                 found[SCALE_GATE if kind == SCALE else OFFSET_GATE] = gates
         return found
 
-    def _gate(self, kind: str, adapter: str) -> torch.Tensor | float:
+    def _gate(self, kind: str, adapter: str, drawn: bool) -> torch.Tensor | float:
         gates = getattr(self, kind)
         if adapter not in gates:
             return 1.0
-        return gate(gates[adapter], torch.rand_like(gates[adapter]) if self.training else None)
+        return gate(gates[adapter], torch.rand_like(gates[adapter]) if drawn else None)
 
-    def edit(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def edit(self, adapter: str, drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         scale = offset = None
         if adapter in self.jola_scale:
-            scale = 1 + self._gate(SCALE_GATE, adapter) * self.jola_scale[adapter]
+            scale = 1 + self._gate(SCALE_GATE, adapter, drawn) * self.jola_scale[adapter]
         if adapter in self.jola_offset:
-            offset = self._gate(OFFSET_GATE, adapter) * self.jola_offset[adapter]
+            offset = self._gate(OFFSET_GATE, adapter, drawn) * self.jola_offset[adapter]
         return scale, offset
 
 
@@ -128,12 +134,12 @@ class JolaModel(EditTuner):
     tuner_layer_cls = JolaLayer
 
     def penalty(self, weight: float) -> torch.Tensor:
-        """`λ · Σ_l mean_h p(g_a) / (L · H) + (1 - λ) · Σ_l mean_h p(g_m) / (L · H)`; 0 without gates.
+        """`λ · Σ_l mean_h p(g_a) / (L · H) + (1 - λ) · Σ_l mean_h p(g_m) / (L · H)`; 0 without gates, or with λ = 0.
 
         L · H is taken as the number of all edited heads, p is `open_probability`.
         """
         parts, heads = [], 0
-        for layer in self.layers():
+        for layer in self.layers() if weight else ():
             for name in layer.own(self.active_adapters):
                 heads += len(layer.columns[name])
                 for gates, share in ((layer.jola_offset_gate, weight), (layer.jola_scale_gate, 1 - weight)):

@@ -12,7 +12,7 @@ from peft import PeftConfig
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout
-from alps_repro.tuner.base import add_peft_type, checked_heads
+from alps_repro.tuner.base import add_peft_type, checked_heads, checked_modules
 from alps_repro.tuner.edits import EditLayer, EditTuner
 
 #: The name under which peft knows the tuner.
@@ -30,7 +30,7 @@ class LofitConfig(PeftConfig):
     heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
     l1: weight of the sum of |A| in the loss, for the stage `scale` (`LofitModel.penalty`).
     init_std: standard deviation of what A and v start from.
-    fingerprint, target_modules: as of `AlpsConfig`.
+    fingerprint, target_modules, modules_to_save: as of `AlpsConfig`.
     """
 
     stage: Literal["scale", "offset"] = "offset"
@@ -39,12 +39,14 @@ class LofitConfig(PeftConfig):
     init_std: float = 1e-3
     fingerprint: dict[str, Any] | None = None
     target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
         one_of("stage of LoFiT", self.stage, ("scale", "offset"))
         self.heads = None if self.heads is None else checked_heads(self)
+        self.modules_to_save = checked_modules(self)
 
 
 class LofitLayer(EditLayer):
@@ -55,7 +57,7 @@ class LofitLayer(EditLayer):
     def start(self, config: LofitConfig, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
         return {SCALE if config.stage == "scale" else OFFSET: config.init_std * torch.randn(heads, head_dim)}
 
-    def edit(self, adapter: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def edit(self, adapter: str, drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if adapter in self.lofit_scale:
             return 1 + self.lofit_scale[adapter], None
         return None, self.lofit_offset[adapter]

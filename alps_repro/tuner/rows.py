@@ -15,7 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from alps_repro.errors import UserError
 from alps_repro.heads import HeadLayout, HeadSelection
-from alps_repro.tuner.base import HeadLayer, HeadTuner, add_peft_type, checked_heads, dense_weight, in_int8
+from alps_repro.tuner.base import (
+    HeadLayer,
+    HeadTuner,
+    add_peft_type,
+    checked_heads,
+    checked_modules,
+    dense_weight,
+    in_int8,
+)
 
 #: The name under which peft knows the tuner.
 NAME = "ALPS"
@@ -34,16 +42,20 @@ class AlpsConfig(PeftConfig):
     fingerprint: of the base model (see `alps_repro.tuner.base.fingerprint`); filled in when the adapter is made, and
         checked when it is loaded.
     target_modules: the projections that hold those rows; filled in from the model, as for other tuners.
+    modules_to_save: modules that are trained and saved whole beside the heads, by the ends of their paths; the new head
+        of a `task_type` that has one (`score`, `classifier`, `qa_outputs`) is added.
     """
 
     heads: Iterable[tuple[int, int]] = field(default_factory=tuple)
     fingerprint: dict[str, Any] | None = None
     target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type(NAME)
         self.heads = checked_heads(self)
+        self.modules_to_save = checked_modules(self)
 
 
 def _replaced(weight: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
