@@ -194,7 +194,7 @@ def _code() -> str:
     package = Path(__file__).parent
     measuring = (
         *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
-        *("training", "evaluation", "sandbox"),
+        *("training", "evaluation", "sandbox", "sandboxed"),
     )
     files = [*(package / f"{name}.py" for name in measuring), *(package / "tuner").glob("*.py")]
     digest = hashlib.sha256()

@@ -10,9 +10,10 @@ program passes if the tests' sandbox gives back the mark that was made for this 
   complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range. Subclasses count as what they are built on
   (a Counter as a dict), NumPy's scalars and arrays as numbers and lists. Other objects (of own classes, iterators) can
   be called, iterated, given back to the program and asked for attributes; to compare one fails the test.
-- Arguments are handed over by value: tests do not see what a function does to a list that they gave it.
-- Names that the tests use and do not define are the program's, but for Python's own functions and the standard library's
-  modules: what tests judge by is never the program's.
+- Arguments are handed over by value: tests do not see what a function does to a list that they gave it. Functions and
+  iterators of the tests can be handed over; other objects cannot.
+- Names that the tests use and do not define are the program's, but for Python's own functions and the standard
+  library's modules: what tests judge by is never the program's.
 - What a program raises reaches the tests as the nearest built-in exception; leaving (`sys.exit`) ends them.
 """
 
@@ -54,7 +55,7 @@ PROCESSES = 24
 LIBRARIES = ("numpy", "scipy", "pandas", "sympy", "mpmath", "dateutil", "pytz", "six")
 
 #: Seconds between two looks at what a program uses.
-_LOOK = 0.1
+_LOOK = 0.25
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ def _walls() -> list[str]:
     wrap = ["bwrap", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     wrap += ["--ro-bind", "/usr", "/usr", "--ro-bind", str(python.parents[1]), "/python"]
     for within, root in (("/usr", Path("/usr")), ("/python", python.parents[1])):
-        for pattern in ("lib/python3*/*-packages", "local/lib/python3*/*-packages"):
-            for folder in root.glob(pattern):
-                place = Path(within) / folder.relative_to(root)
-                wrap += ["--perms", "0555", "--size", "4096", "--tmpfs", str(place)]
+        for pattern in ("lib*/python3*/*-packages", "local/lib*/python3*/*-packages"):
+            for folder in {path.resolve() for path in root.glob(pattern)}:
+                if folder.is_relative_to(root):
+                    place = Path(within) / folder.relative_to(root)
+                    wrap += ["--perms", "0555", "--size", "4096", "--tmpfs", str(place)]
+    wrap += ["--perms", "0755", "--dir", "/packages"]
     for library in LIBRARIES:
         for path in (packages / library, packages / f"{library}.libs", packages / f"{library}.py"):
             if path.exists():
@@ -99,6 +102,11 @@ def _walls() -> list[str]:
         wrap += ["--symlink", f"usr/{link}", f"/{link}"]
     wrap += ["--perms", "1777", "--size", str(DISK), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     wrap += ["--perms", "0555", "--size", "4096", "--tmpfs", "/dev/shm"]
+    wrap += ["--remount-ro", "/dev", "--remount-ro", "/"]
+    for name, value in (("PYTHONPATH", "/packages"), ("PYTHONDONTWRITEBYTECODE", "1")):
+        wrap += ["--setenv", name, value]
+    for library in ("OPENBLAS", "OMP"):
+        wrap += ["--setenv", f"{library}_NUM_THREADS", "1"]
     wrap += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     return wrap
 
@@ -110,7 +118,7 @@ def _command(seconds: float, role: str, pipes: list[int]) -> list[str]:
     limits = ["prlimit", *limits, "--core=0"]
     if os.geteuid() == 0:
         # The kernel does not count root's processes: root becomes a user without a name within the walls, which takes
-        # three capabilities that are gone with the change of user. Processes are counted per user: each run has its own.
+        # three capabilities that are gone with the change of user. It counts by user: every sandbox has its own.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
             wrap = [*wrap, "--cap-add", capability]
         user = (1 << 30) + secrets.randbelow(1 << 30)
@@ -118,10 +126,9 @@ def _command(seconds: float, role: str, pipes: list[int]) -> list[str]:
         limits = ["setpriv", *nobody, "--bounding-set=-all", "--no-new-privs", *limits]
     else:
         wrap = [*wrap, "--unshare-user"]
-    environment = ["PYTHONPATH=/packages", "PYTHONDONTWRITEBYTECODE=1", "OPENBLAS_NUM_THREADS=1", "OMP_NUM_THREADS=1"]
     python = f"/python/bin/{Path(os.path.realpath(sys.executable)).name}"
     # -S: without the start-up files of packages, a third of the time. -P: nothing is imported from where it runs.
-    return [*wrap, *limits, "env", *environment, python, "-S", "-P", "/sandboxed.py", role, *map(str, pipes)]
+    return [*wrap, *limits, python, "-S", "-P", "/sandboxed.py", role, *map(str, pipes)]
 
 
 @contextmanager
@@ -162,9 +169,10 @@ def _used(pids: list[int]) -> tuple[float, bool]:
 def _heard(pipe: BinaryIO, pids: list[int], seconds: float) -> list[str] | str:
     """The two lines that are said on a pipe, fewer if it ends; or what they were stopped by, `timeout` or `stalled`."""
     start = looked = time.monotonic()
-    said, idle = b"", 0.0
+    said, idle, poll = b"", 0.0, select.poll()
+    poll.register(pipe, select.POLLIN)
     while said.count(b"\n") < 2 and len(said) < 4096:
-        if select.select([pipe], [], [], _LOOK)[0]:
+        if poll.poll(1000 * _LOOK):
             part = pipe.read(4096)
             if not part:
                 break

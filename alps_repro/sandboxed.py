@@ -1,8 +1,8 @@
 """What runs within the walls of `alps_repro.sandbox`: a program in one sandbox, the tests that judge it in another.
 
 Two pipes are all that the two share. The tests call the program's functions over them; what these return is carried as
-plain built-in values, made anew on the other side, where the tests compare them. No code of the program ever runs beside
-the tests, and only the tests' side knows the mark that says that they ran to their end.
+plain built-in values, made anew on the other side, where the tests compare them. No code of the program ever runs
+beside the tests, and only the tests' side knows the mark that says that they ran to their end.
 
     python sandboxed.py program REQUESTS REPLIES         stdin: the program
     python sandboxed.py tests REPLIES REQUESTS RESULT    stdin: the mark, a line break, the tests
@@ -12,18 +12,15 @@ Of the standard library alone, and without a word about this package: neither sa
 
 from __future__ import annotations
 
-import ast
 import builtins
-import importlib
 import json
-import operator
 import os
-import symtable
 import sys
-import traceback
-import types
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+
+TYPE_CHECKING = False  # as `typing` has it, whose import takes as long as the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, BinaryIO
 
 #: The first line of a sandbox in which nothing of the program has run yet.
 READY = "ready"
@@ -43,8 +40,8 @@ class Over(BaseException):
 
 class Foreign:
     """An object of the other side that is no plain value: to be called, iterated, given back, or asked for attributes
-    and items, which are plain values or foreign again. It equals nothing but itself, and a comparison is refused: it
-    would be the program that answers."""
+    and items, which are plain values or foreign again. Tests that compare one are refused: it would be the program that
+    answers."""
 
     __slots__ = ("_number", "_side")
 
@@ -82,11 +79,13 @@ class Foreign:
         return self._side.ask("next", self)
 
     def __bool__(self) -> bool:
+        if not self._side.trusted:
+            return True
         raise TypeError("an object that is no plain built-in value is neither true nor false here")
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
+        if self is other or not self._side.trusted:
+            return self is other
         raise TypeError("an object that is no plain built-in value cannot be compared")
 
     def __ne__(self, other: object) -> bool:
@@ -96,10 +95,11 @@ class Foreign:
 
 
 class Side:
-    """One end of the pipes: asks the other end, and answers it by the named operations."""
+    """One end of the pipes: asks the other end, and answers it by the named operations. trusted: the tests' end."""
 
     def __init__(self, reads: BinaryIO, writes: BinaryIO, operations: dict[str, Callable], *, trusted: bool) -> None:
-        self._reads, self._writes, self._operations, self._trusted = reads, writes, operations, trusted
+        self._reads, self._writes, self._operations = reads, writes, operations
+        self.trusted = trusted
         #: Why the other side cannot answer any more; it stays so, whatever the tests make of the exception.
         self.over: str | None = None
         self._own: list[Any] = []
@@ -122,8 +122,11 @@ class Side:
 
     def answer_all(self) -> None:
         """Answer until the other side ends."""
-        while True:
-            self._answer(self._receive()["ask"])
+        try:
+            while True:
+                self._answer(self._receive()["ask"])
+        except Over:
+            pass
 
     def _answer(self, question: Any) -> None:
         try:
@@ -138,7 +141,7 @@ class Side:
             except Exception:
                 args = [str(error)]
             answer = {"raised": [names, args]}
-        if not self._trusted:
+        if not self.trusted:
             for stream in (sys.stdout, sys.stderr):  # it may be ended at once when its tests are through
                 try:
                     stream.flush()
@@ -173,8 +176,8 @@ class Side:
             if isinstance(kind, type) and issubclass(kind, Exception):
                 try:
                     return kind(*self._value(args))
-                except TypeError:  # not made from these
-                    return Exception(name)
+                except TypeError:  # not made from these; the next one is more general
+                    continue
         return self.ended(f"it raised {names[0] if names else None}")
 
     def ended(self, reason: str) -> Over:
@@ -210,10 +213,10 @@ class Side:
             return {"yours": value._number}
         if kind.__module__ == "numpy" and hasattr(value, "tolist"):
             return self._plain(value.tolist())
-        if self._trusted:
+        if self.trusted:
             if getattr(builtins, getattr(value, "__name__", ""), None) is value:
                 return {"builtin": value.__name__}
-            if not callable(value):
+            if not callable(value) and not hasattr(kind, "__iter__"):
                 raise TypeError(f"the tests hand over a value of type {kind.__name__}, which cannot be carried")
         # Its owner keeps it alive, so that its id stays its own.
         number = self._numbers.setdefault(id(value), len(self._own))
@@ -245,11 +248,15 @@ class Side:
                 return self._foreign.setdefault(int(content), Foreign(self, int(content)))
             if tag == "yours":
                 return self._own[int(content)]
-            if tag == "builtin" and not self._trusted:
+            if tag == "builtin" and not self.trusted:
                 return getattr(builtins, content)
         except (ValueError, TypeError, LookupError):
             pass
         raise self.ended("what it says is no value")
+
+
+def _call(function: Callable[..., Any], args: list[Any], named: dict[str, Any]) -> Any:
+    return function(*args, **named)
 
 
 # The program's side
@@ -257,7 +264,7 @@ class Side:
 
 def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
     source = sys.stdin.buffer.read()
-    module = types.ModuleType("program")
+    module = type(sys)("program")
 
     def load(mark: str, name: str) -> str:
         module.__name__ = name
@@ -265,7 +272,7 @@ def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
         try:
             exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
         except BaseException:
-            traceback.print_exc()
+            sys.excepthook(*sys.exc_info())
             raise
         return mark
 
@@ -278,10 +285,10 @@ def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
         "load": load,
         "has": module.__dict__.__contains__,
         "name": named,
-        "call": lambda function, args, named: function(*args, **named),
+        "call": _call,
         "getattr": getattr,
         "setattr": setattr,
-        "getitem": operator.getitem,
+        "getitem": lambda owner, key: owner[key],
         "len": len,
         "iter": iter,
         "next": next,
@@ -310,7 +317,7 @@ class Names(dict):
         if name in self._modules:
             if self._side.ask("has", name) is not True:
                 raise NameError(f"name '{name}' is not defined")
-            return importlib.import_module(_MODULES.get(name, name))
+            return __import__(_MODULES.get(name, name))
         return self._side.ask("name", name)
 
 
@@ -320,6 +327,9 @@ def free_names(tests: str) -> tuple[set[str], str | None]:
 
     The latter only where the tests name nothing else that is not their own: what tests judge by is never the program's.
     """
+    import ast
+    import symtable
+
     top = symtable.symtable(tests, "<tests>", "exec")
     scopes = [top]
     for scope in scopes:
@@ -337,23 +347,26 @@ def run_tests(reads: BinaryIO, writes: BinaryIO, result: BinaryIO) -> None:
     if reads.readline(LARGEST) != f"{READY}\n".encode():
         return
     result.write(f"{READY}\n".encode())
-    side = Side(reads, writes, {"call": lambda function, args, named: function(*args, **named)}, trusted=True)
+    # Functions and iterators that tests hand over. No attributes: from a generator's they lead to its frame.
+    operations = {"call": _call, "len": len, "iter": iter, "next": next}
+    side = Side(reads, writes, operations, trusted=True)
     verdict = b"failed"
     try:
-        loaded = os.urandom(16).hex()
+        code = compile(tests, "<tests>", "exec", dont_inherit=True)
+        names, loaded = Names(side, tests.decode()), os.urandom(16).hex()
         if side.ask("load", loaded, "program") != loaded:
             raise side.ended("it did not run to its end")
-        exec(compile(tests, "<tests>", "exec", dont_inherit=True), Names(side, tests.decode()))
+        exec(code, names)
         if side.over:
             raise Over(side.over)
         verdict = b"passed"
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
     result.write(verdict + b" " + mark + b"\n")
     result.flush()
 
 
 if __name__ == "__main__":
     role, reading, *writing = sys.argv[1:]
-    pipes = [open(int(reading), "rb"), *(open(int(number), "wb") for number in writing)]
-    (run_tests if role == "tests" else run_program)(*pipes)
+    ends = [os.fdopen(int(reading), "rb"), *(os.fdopen(int(number), "wb") for number in writing)]
+    (run_tests if role == "tests" else run_program)(*ends)

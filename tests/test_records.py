@@ -290,7 +290,7 @@ def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatc
     assert code() == before == records._code()
     modules = (
         *("heads", "checkpoints", "data", "scores", "importance", "hifi", "selectors", "methods", "adapters"),
-        *("training", "evaluation", "sandbox"),
+        *("training", "evaluation", "sandbox", "sandboxed"),
     )
     within = {str(path.relative_to(package)) for name in ("tuner", "tasks") for path in (package / name).glob("*.*")}
     assert seen == {f"{name}.py" for name in modules} | within
