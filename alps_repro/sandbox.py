@@ -45,7 +45,7 @@ from alps_repro.errors import UserError
 #: machine's), how many times as many seconds by the clock, bytes of memory per process, of a file and of all files, and
 #: processes.
 SECONDS = 10
-PATIENCE = 6
+PATIENCE = 20
 MEMORY = 2 << 30
 DISK = 16 << 20
 PROCESSES = 24

@@ -54,7 +54,7 @@ def test_breakouts_fail(name, tmp_path):
 def test_forks_without_end_are_few_and_end(tmp_path):
     program = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass\n"
     start = time.monotonic()
-    outcome = sandbox.run_program(program, seconds=3)
+    outcome = sandbox.run_program(program, seconds=2)
     assert outcome.reason == "timeout"
     assert time.monotonic() - start < 20
     time.sleep(0.5)
@@ -104,7 +104,7 @@ def test_no_answers_within_reach(name):
         "import time; time.sleep(1000)",
         "def f(x):\n    import signal; signal.pause()",
         "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
-        "import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\nthreading.Event().wait()",
+        "import threading\nt = threading.Thread(target=lambda: [0 for _ in iter(int, 1)])\nt.start()\nt.join()",
     ],
     ids=["computes", "computes in its function", "sleeps", "waits", "ignores the limit", "computes in a thread"],
 )
@@ -232,7 +232,8 @@ TRICKS = {
     "exit handler and exit": "import atexit, os, sys\natexit.register(os._exit, 0)\ndef f(x): sys.exit(1)",
     "signal handler": "import os, signal\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\n"
     "signal.setitimer(signal.ITIMER_REAL, 0.01)\ndef f(x):\n    while True: pass",
-    "thread exits": "import os, threading\nthreading.Timer(0.01, os._exit, [0]).start()\ndef f(x):\n    while True: pass",
+    "thread exits": "import os, threading\nthreading.Timer(0.01, os._exit, [0]).start()\n"
+    "def f(x):\n    while True: pass",
     "thread goes on": "import sys, threading, time\ndef f(x):\n"
     "    threading.Thread(target=time.sleep, args=[0.2]).start(); sys.exit(0)",
     "interrupt main": "import _thread\ndef f(x): _thread.interrupt_main(); return 0",
@@ -250,7 +251,8 @@ TRICKS = {
     "builtins.AssertionError = E\nAssertionError = E\ndef f(x): return 0",
     "abs replaced": "import builtins\nbuiltins.abs = abs = lambda x: 0\n"
     "builtins.all = all = lambda x: True\nbuiltins.isinstance = isinstance = lambda *a: True\ndef f(x): return 0",
-    "float replaced": "import builtins\nbuiltins.int = builtins.float = builtins.list = lambda *a: 2\ndef f(x): return 0",
+    "float replaced": "import builtins\nbuiltins.int = builtins.float = builtins.list = lambda *a: 2\n"
+    "def f(x): return 0",
     "math replaced": "import math\nmath.isclose = lambda *a, **k: True\nmath.fabs = lambda x: 0\ndef f(x): return 0",
     "modules replaced": "import sys\nclass M:\n    def __getattr__(s, n): return lambda *a, **k: True\n"
     "for n in ('math', 'json', 'builtins', 'os'): sys.modules[n] = M()\nmath = M()\ndef f(x): return 0",
@@ -261,8 +263,10 @@ TRICKS = {
     "check replaced by a hook": "import sys\ndef trace(frame, event, arg):\n"
     "    frame.f_globals['check'] = lambda c: None\n    return trace\nsys.settrace(trace)\ndef f(x): return 0",
     "profile": "import sys, os\nsys.setprofile(lambda *a: os._exit(0))\ndef f(x): return 0",
-    "excepthook": "import sys, os\nsys.excepthook = sys.unraisablehook = lambda *a: os._exit(0)\ndef f(x): raise ValueError",
-    "displayhook and exit": "import sys\nsys.exit = lambda *a: None\nsys.stderr = sys.stdout = None\ndef f(x): return 0",
+    "excepthook": "import sys, os\nsys.excepthook = sys.unraisablehook = lambda *a: os._exit(0)\n"
+    "def f(x): raise ValueError",
+    "displayhook and exit": "import sys\nsys.exit = lambda *a: None\nsys.stderr = sys.stdout = None\n"
+    "def f(x): return 0",
     "pytest's hook": "def pytest_runtest_call(item): pass\ndef pytest_sessionfinish(session): session.exitstatus = 0\n"
     "def f(x): return 0",
     "tests changed in their frames": "import sys, gc\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
@@ -273,7 +277,8 @@ TRICKS = {
     "            g.__code__ = (lambda *a, **k: None).__code__\n    return 0",
     "numbers changed in memory": "import ctypes\nctypes.c_int.from_address(id(2) + 24).value = 3\ndef f(x): return 3",
     "words printed": "print('passed', 'ok', 'OK', 'True', '0 failed', flush=True)\ndef f(x): return 0",
-    "words written to every end": "import os\nfor end in range(12):\n    for text in (b'passed', b'ready', b'{\"value\": true}'):\n"
+    "words written to every end": "import os\nfor end in range(12):\n"
+    "    for text in (b'passed', b'ready', b'{\"value\": true}'):\n"
     "        try: os.write(end, text + b'\\n')\n        except OSError: pass\ndef f(x): return 0",
     "ends closed": "import os\nos.closerange(0, 64)\ndef f(x): return 0",
     "ends opened anew": "import os, glob\nfor end in glob.glob('/proc/[0-9]*/fd/*'):\n"
@@ -340,7 +345,7 @@ def passes(problem: dict[str, Any], body: str) -> bool:
     return sandbox.run_program(problem["prompt"] + body, tests).passed
 
 
-#: Tests that use the prompt's own functions and modules, random numbers, tolerances; strings, tuples, None, dictionaries.
+#: Tests that use the prompt's functions and modules, random numbers and tolerances, strings, tuples and dictionaries.
 TELLING = (0, 2, 4, 20, 32, 38, 44, 50, 68, 95, 107, 162)
 
 
