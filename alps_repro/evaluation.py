@@ -103,9 +103,9 @@ class Evaluation:
     scores: {task: the number that stands for it, between 0 and 1; for prose, nats per token}. results: {task:
         {lm-eval's metric: value}}, with standard errors over items (`..._stderr`) where there are any; of an offline
         task also `answer_loglikelihood` (nats, mean over the right answers) and `answer_accuracy` (share of these that
-        are what the model would say greedily, token by token). samples: {task: one dict per question, by `doc_id`,
-        with prompt, answer and grade}. versions, shots, hashes: {task: ...}; a hash is over questions, prompts and
-        answers.
+        are what the model would say greedily, token by token); of one that runs code also `stalled` (programs that the
+        machine had no time for). samples: {task: one dict per question, by `doc_id`, with prompt, answer and grade}.
+        versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers.
     """
 
     scores: dict[str, float]
@@ -327,16 +327,29 @@ def _runs_code(task: str) -> bool:
 
 
 def _pass_at_1(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Run each sample's program with its tests in the sandbox, note how it ended, and count those that pass."""
+    """Run each sample's program beside its tests in the sandbox, note how it ended, and count those that pass."""
     for sample in samples:
         program = sample["filtered_resps"][0]
         while not isinstance(program, str):  # lists of one, as the task's filter made them
             program = program[0]
-        sample["outcome"] = run_program(f"{program}\n{sample['target']}\n").reason
+        tests, question = f"{sample['target']}\n", sample.get("doc", {})
+        if entry := question.get("entry_point"):
+            # HumanEval's prompts define functions that its tests judge by (`poly`, `encode_shift`): these are the
+            # prompt's, whatever the program makes of them. The one that is asked for stands there without a body.
+            tests = f"{question['prompt']}\n    pass\ndel {entry}\n{tests}"
+        sample["outcome"] = run_program(program, tests).reason
     passed = np.array([sample["outcome"] == "passed" for sample in samples], dtype=float)
+    stalled = sum(sample["outcome"] == "stalled" for sample in samples)
+    if stalled:
+        warnings.warn(
+            f"{stalled} of {len(samples)} programs of '{task}' were stopped while this machine had no time for them, "
+            "and count as not passed: evaluate again when it is idle.",
+            UserWarning,
+            stacklevel=2,
+        )
     (metric,) = BENCHMARKS[task].metrics
     error = float(passed.std(ddof=1) / np.sqrt(len(passed))) if len(passed) > 1 else float("nan")
-    return {metric: float(passed.mean()), metric.replace(",", "_stderr,"): error}
+    return {metric: float(passed.mean()), metric.replace(",", "_stderr,"): error, "stalled": float(stalled)}
 
 
 def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:

@@ -25,7 +25,7 @@ from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT, VALIDATION_SIZE, offline_splits
 from alps_repro.errors import UserError
 from alps_repro.evaluation import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS, Evaluation, _score, evaluate
-from alps_repro.sandbox import why_not
+from alps_repro.sandbox import Outcome, why_not
 from alps_repro.tasks import offline
 
 #: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
@@ -503,6 +503,7 @@ def test_benchmark_gives_the_metrics_it_is_read_by(task: str, request: pytest.Fi
         # A random model writes no program; that it was run and found wrong is on record.
         assert found.scores[task] == 0.0
         assert {row["outcome"] for row in found.samples[task]} == {"failed"}
+        assert found.results[task]["stalled"] == 0
     elif not benchmark.macro:
         assert found.scores[task] == np.mean([found.results[task][name] for name in benchmark.metrics])
 
@@ -541,7 +542,32 @@ def test_programs_are_counted_that_pass_their_tests() -> None:
     found = evaluation._pass_at_1("humaneval", samples)
     assert found["pass@1,create_test"] == 0.75
     assert found["pass@1_stderr,create_test"] == pytest.approx(0.25)
+    assert found["stalled"] == 0
     assert [sample["outcome"] for sample in samples] == ["passed", "failed", "passed", "passed"]
+
+
+@pytest.mark.skipif(why_not() is not None, reason="bubblewrap cannot be used on this machine")
+@pytest.mark.parametrize("helper", ["", "def twice(x): return 0\n"], ids=["as it is", "made anew by the program"])
+def test_prompts_functions_are_the_prompts(helper: str) -> None:
+    """HumanEval's prompts define functions that tests judge by; a program that makes these anew passes nothing."""
+    prompt = 'import math\n\ndef twice(x):\n    return 2 * x\n\ndef half(x):\n    """Half of x."""\n'
+    target = "def check(candidate):\n    assert math.isclose(twice(candidate(3)), 3)\n\ncheck(half)"
+    ends = {}
+    for body in ("return x / 2", "return x"):
+        sample = {"filtered_resps": [[f"{prompt}    {body}\n{helper}"]], "target": target}
+        sample["doc"] = {"prompt": prompt, "entry_point": "half"}
+        evaluation._pass_at_1("humaneval", [sample])
+        ends[body] = sample["outcome"]
+    assert ends == {"return x / 2": "passed", "return x": "failed"}
+
+
+def test_programs_that_the_machine_had_no_time_for_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter(["passed", "stalled", "failed", "stalled"])
+    monkeypatch.setattr(evaluation, "run_program", lambda program, tests: Outcome(False, next(reasons), ""))
+    samples = [{"filtered_resps": ["x = 1"], "target": "assert x == 1"} for _ in range(4)]
+    with pytest.warns(UserWarning, match="2 of 4 programs of 'mbpp'"):
+        found = evaluation._pass_at_1("mbpp", samples)
+    assert (found["pass_at_1,none"], found["stalled"]) == (0.25, 2)
 
 
 def test_macro_average_by_hand() -> None:
