@@ -93,25 +93,8 @@ def present() -> bool:
 
 
 def processes() -> int:
-    """How many processes train together, by the launcher's variables.
-
-    Raises:
-        UserError: they are set by halves, so that each process would train alone, or with others it does not know of.
-    """
-    count = int(os.environ.get("WORLD_SIZE") or 1)
-    for name in LAUNCHED:
-        other = int(os.environ.get(name) or 1)
-        if other not in (1, count):
-            raise UserError(
-                f"{name} says that {other} processes train together, WORLD_SIZE that {count}: start them with torchrun "
-                "or accelerate launch, which set what is needed."
-            )
-    if count > 1 and "LOCAL_RANK" not in os.environ:
-        raise UserError(
-            f"WORLD_SIZE says that {count} processes train together, and LOCAL_RANK is not set: start them with "
-            "torchrun or accelerate launch, or unset WORLD_SIZE."
-        )
-    return count
+    """How many processes train together, as torchrun and accelerate launch tell each of them."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def check_launch(precision: str, where: str) -> None:
@@ -119,6 +102,18 @@ def check_launch(precision: str, where: str) -> None:
 
     Variables are no part of a run's configuration, so what they change would be changed without a word.
     """
+    count = processes()
+    if count > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE says that {count} processes train together, and LOCAL_RANK is not set: start them with "
+            "torchrun or accelerate launch, or unset WORLD_SIZE."
+        )
+    for name in LAUNCHED:
+        if where == "cpu" and count == 1 and int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{name} says that {os.environ[name]} processes train together, and WORLD_SIZE is not set: start them "
+                "with torchrun, which sets what is needed."
+            )
     for name, value in _contrary(precision, where):
         raise UserError(
             f"The environment sets {name}={value}, and this run trains in {precision} on '{where}', unsharded and not "
@@ -140,7 +135,7 @@ def _contrary(precision: str, where: str) -> Iterator[tuple[str, str]]:
 
 
 def check_products(dtype: str, where: str) -> None:
-    """Raise `UserError` where products of float32 matrices are set to be taken in fewer bits, and `dtype` is float32."""
+    """Raise `UserError` where float32 matrices, if that is the `dtype`, are set to be multiplied in fewer bits."""
     import torch
 
     if dtype != "float32":

@@ -195,12 +195,12 @@ class LocalizeConfig(Settings):
             if self.metric == "scale_norm" and self.questions != type(self).model_fields["questions"].default:
                 raise ValueError("The metric scale_norm asks no examples: leave questions out.")
             if self.metric == "scale_norm" and self.device != "auto":
-                raise ValueError("The metric scale_norm is of weights, which are read on the CPU: leave device out.")
+                raise ValueError("The metric scale_norm is of weights and runs no model: leave device out.")
             if self.head_matrix != RESULT:
                 raise ValueError(f"The metric {self.metric} is of heads' results: say head_matrix '{RESULT}'.")
             return self
         if self.device != "auto":
-            raise ValueError(f"The metric {self.metric} is of weights, which are compared on the CPU: leave device out.")
+            raise ValueError(f"The metric {self.metric} is of weights and runs no model: leave device out.")
         if self.dataset is not None or self.questions != type(self).model_fields["questions"].default:
             raise ValueError(f"The metric {self.metric} is of weights and asks no examples: leave dataset out.")
         check_metric(self.metric, self.head_matrix, self.tau, self.ground)
@@ -424,7 +424,7 @@ class Profile(Settings):
         "float32", description="what weights are loaded in to be evaluated, the base's and those of tuned models"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="of all runs, where `recipe` says no other for fine-tuning; cuda: stop where no GPU is usable"
+        "auto", description="of all runs; cuda: where no GPU can be used, they stop; `recipe` may say another one"
     )
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
@@ -532,8 +532,10 @@ class Profile(Settings):
         asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
         asked = {name: value for name, value in asked.items() if value is not None}
         places = ("default", run.method, f"{run.method}@{run.ratio:g}")
-        where = {"device": self.device} if self.recipe.device == "auto" else {}
-        recipe = self.recipe.model_dump() | where | {k: v for place in places for k, v in own.get(place, {}).items()} | asked
+        recipe = self.recipe.model_dump()
+        if self.recipe.device == "auto":
+            recipe["device"] = self.device
+        recipe |= {k: v for place in places for k, v in own.get(place, {}).items()} | asked
         if run.data_share < 1 and recipe["max_steps"]:
             # As many passes over the data as before; an offline data set is as long as its steps need it.
             recipe["max_steps"] = math.ceil(recipe["max_steps"] * run.data_share)
