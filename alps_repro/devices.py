@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from alps_repro.errors import UserError, one_of
+from alps_repro.errors import UserError
 
 #: Where a run may be asked to compute: `auto` takes the GPU where there is one.
 DEVICES = ("auto", "cpu", "cuda")
@@ -33,7 +33,10 @@ def device(asked: str = "auto") -> str:
     Raises:
         UserError: a GPU is asked for, or there, and torch cannot use it.
     """
-    one_of("device", asked, DEVICES)
+    if asked not in DEVICES:
+        raise UserError(
+            f"There is no device '{asked}': known are {', '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs."
+        )
     if asked == "cpu":
         return "cpu"
     why = unusable()
@@ -145,10 +148,12 @@ def check_products(dtype: str, where: str) -> None:
             "The environment sets NVIDIA_TF32_OVERRIDE, which rounds float32 matrices to 10 bits where they are "
             "multiplied: unset it."
         )
-    if (asked := torch.get_float32_matmul_precision()) != "highest":
+    # By backend, since torch's one word for both raises where a backend has been set on its own.
+    name = "cuda" if where == "cuda" else "mkldnn"
+    if (asked := getattr(torch.backends, name).matmul.fp32_precision) not in ("none", "ieee"):
         raise UserError(
-            f"torch is set to round float32 matrices where they are multiplied ('{asked}'): call "
-            "torch.set_float32_matmul_precision('highest'), and unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE if it is set."
+            f"torch is set to multiply float32 matrices in {asked}: set torch.backends.{name}.matmul.fp32_precision to "
+            "'ieee', and unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE if it is set."
         )
 
 

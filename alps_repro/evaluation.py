@@ -17,7 +17,8 @@ import numpy as np
 
 from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT
-from alps_repro.devices import DEVICES, check_products
+from alps_repro.devices import check_products
+from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.sandbox import run_program, why_not
 from alps_repro.tasks import knowledge
@@ -208,7 +209,6 @@ def evaluate(
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
     one_of("template", template, TEMPLATES)
     one_of("autocast", autocast, AUTOCASTS)
-    one_of("device", device, DEVICES)
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
@@ -310,7 +310,7 @@ def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str)
         raise UserError(
             f"The loaded model is in {own}, and dtype '{dtype}' is asked for: leave dtype out, or load the model in it."
         )
-    if device not in ("auto", model.device.type):
+    if device != "auto" and placed(device) != model.device.type:
         raise UserError(
             f"The loaded model is on '{model.device.type}', and device '{device}' is asked for: leave device out, or "
             "load the model there."

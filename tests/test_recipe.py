@@ -71,6 +71,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "loss_on": "prompt",
         "max_grad_norm": 0.5,
         "precision": "float32",
+        "device": "cpu",
         "gradient_checkpointing": True,
         "examples": 100,
         "data_share": 0.5,
@@ -100,6 +101,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "ground": "value",
         "dataset": {"dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
         "questions": {"questions": 8, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
+        "device": {"device": "cpu", "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
     },
     EvaluateConfig: {
         "model": FinetuneConfig(**FULL),
@@ -110,6 +112,8 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "template": "alpaca",
         "split": "validation",
         "autocast": "bfloat16",
+        "dtype": "bfloat16",
+        "device": "cpu",
         "allow_code": True,
     },
     RecallConfig: {
@@ -125,11 +129,13 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "questions": 8,
         "batch_size": 8,
         "head_matrix": "concat",
+        "device": "cpu",
     },
     EmbedConfig: {
         "base": "other",
         "datasets": ("gcd",),
         "questions": 8,
+        "device": "cpu",
     },
 }
 
