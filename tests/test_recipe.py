@@ -724,6 +724,33 @@ def test_runs_about_the_whole_profile(tmp_path: Path) -> None:
     assert profile.embedding().datasets == ("chain_sum", "basic_arithmetic", "gcd")
 
 
+def test_device_and_dtype_of_a_profile_are_those_of_its_runs(tmp_path: Path) -> None:
+    plain, mine = profile_of(tmp_path), profile_of(tmp_path, device="cuda", eval_dtype="bfloat16")
+    for profile, device, dtype in ((plain, "auto", "float32"), (mine, "cuda", "bfloat16")):
+        alps, base = (profile.evaluation(profile.run(method=name)) for name in ("alps", "vanilla"))
+        assert (alps.dtype, base.dtype) == (dtype, dtype)
+        hifi = profile.localization(profile.run(method="hifi"))
+        runs = [alps, base, alps.model.recipe, alps.model.localization.task_model.recipe, hifi, profile.importance()]
+        assert {run.device for run in [*runs, profile.embedding()]} == {device}
+        assert alps.model.localization.device == "auto"  # of weights: no model is run
+    own = profile_of(tmp_path, device="cuda", recipe={"device": "cpu"})
+    assert (own.finetuning(own.run()).recipe.device, own.evaluation(own.run()).device) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("asked", [{}, {"metric": "scale_norm", "head_matrix": "result"}])
+def test_device_of_a_localization_that_runs_no_model_is_refused(asked: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="of weights and runs no model: leave device out"):
+        LocalizeConfig.check(base="m", task_model="t", device="cpu", **asked)
+
+
+@pytest.mark.parametrize("name", ["paper", "gpu-4bit"])
+def test_profiles_for_gpus_stop_without_one_and_evaluate_all_models_alike(name: str) -> None:
+    profile = Profile.load(name)
+    for run in (profile.run(method="vanilla"), profile.run(method="full"), profile.run(method="alps")):
+        config = profile.evaluation(run)
+        assert (config.dtype, config.device) == ("bfloat16", "cuda")
+
+
 # Notebook parameters
 
 
