@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, explained, one_of
 from alps_repro.heads import PARTS, HeadLayout, HeadSelection, Part
 
@@ -197,30 +198,34 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_model(
-    name: str | Path, quantization: str = "none", *, dtype: torch.dtype | None = None
+    name: str | Path, quantization: str = "none", *, dtype: torch.dtype | None = None, device: str = "auto"
 ) -> tuple[torch.nn.Module, Any]:
     """Load a causal language model and its tokenizer.
 
     name: the embedded model, a checkpoint folder, a hub id, or an adapter folder (its base is loaded under it).
     quantization: `none`; `8bit` (LLM.int8) or `4bit` (NF4) by bitsandbytes, on GPU or CPU.
-    dtype: of the weights that are not quantized; by default float32 on a CPU, the checkpoint's own on a GPU.
+    dtype: of the weights that are not quantized; by default float32 on a CPU, the checkpoint's own on a GPU. Models
+        that are to be compared want one that is said.
+    device: of `devices.DEVICES`; `auto` is the GPU if there is one.
 
     Returns:
-        the model in eval mode, on the GPU if there is one, and the tokenizer, padding on the left.
+        the model in eval mode and the tokenizer, padding on the left.
 
     Raises:
-        UserError: the name does not lead to readable weights, or the quantization is unknown or not available.
+        UserError: the name does not lead to readable weights, the quantization is unknown or not available, or there
+            is a GPU, or one is asked for, that cannot be used.
     """
     one_of("quantization", quantization, QUANTIZATIONS)
+    gpu = placed(device) == "cuda"
     folder = resolve(name)
     if is_adapter(folder):
         from peft import PeftModel
 
         import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
 
-        base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype)
+        base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype, device=device)
         try:
-            return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer
+            return PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval(), tokenizer
         except Exception as error:
             if isinstance(error, UserError):
                 raise
@@ -231,7 +236,6 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    gpu = torch.cuda.is_available()
     if dtype is None and gpu and quantization != "none":
         dtype = torch.bfloat16
     kwargs: dict[str, Any] = {"dtype": dtype or ("auto" if gpu else torch.float32)}

@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 console = Console(highlight=False)
 
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, or auto, the default: the GPU where there is one.")]
 Results = Annotated[Path, typer.Option(help="Folder for records, tables, figures and models.")]
 
 
@@ -97,6 +98,7 @@ def finetune(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the recipe; the paper's otherwise.")
     ] = None,
+    device: Device = None,
     results: Results = Path("results/shell"),
 ) -> None:
     """Fine-tune a method's heads and save the model."""
@@ -106,7 +108,7 @@ def finetune(
     from alps_repro.runs import finetune_run
 
     one_of("method", method, METHODS)
-    recipe, localization = _recipe(setting), None
+    recipe, localization = _recipe([*(setting or []), *([f"device={device}"] if device else [])]), None
     shared = {"base": base, "dataset": dataset, "seed": seed, "recipe": recipe}
     if METHODS[method].uses_scores:
         full = None if task_model else FinetuneConfig.check(method="full", ratio=1.0, scope="all", **shared)
@@ -140,6 +142,8 @@ def evaluate(
     batch_size: int = 16,
     template: Annotated[str, typer.Option(help="Around lm-eval's own text: none or alpaca.")] = "none",
     autocast: Annotated[str, typer.Option(help="Multiply in: none (the weights' own), bfloat16, float16.")] = "none",
+    dtype: Annotated[str, typer.Option(help="Load weights in: float32, bfloat16 or float16.")] = "float32",
+    device: Device = None,
     allow_code: Annotated[bool, typer.Option(help="Run code that the model wrote.")] = False,
     results: Results = Path("results/shell"),
 ) -> None:
@@ -156,6 +160,8 @@ def evaluate(
         batch_size=batch_size,
         template=template,
         autocast=autocast,
+        dtype=dtype,
+        device=device or "auto",
         allow_code=allow_code,
     )
     record = evaluate_run(config, results)

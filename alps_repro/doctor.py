@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from alps_repro.checkpoints import EMBEDDED, GGUF_SHA256, cache_folder
+from alps_repro.devices import hidden, present, unusable
 from alps_repro.sandbox import why_not
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
@@ -54,15 +55,30 @@ def _packages() -> Finding:
     return Finding(True, f"Packages are the locked ones (torch {wanted['torch']}, peft {wanted['peft']}).")
 
 
+def _gpu() -> Finding:
+    import torch
+
+    try:
+        (free, total), name = torch.cuda.mem_get_info(), torch.cuda.get_device_name()
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150].rstrip(".: ")
+        return Finding(False, f"A GPU is here that does not answer ({reason}): see what nvidia-smi says.")
+    text = f"{name}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    cards = torch.cuda.device_count()
+    return Finding(True, text + ("." if cards == 1 else f"; of {cards} GPUs a run without a launcher uses one."))
+
+
 def _device() -> Iterator[Finding]:
     import torch
 
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        text = f"{torch.cuda.get_device_name()}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free."
-        yield Finding(True, text)
+    why, used = unusable(), f"{os.cpu_count()} processors, {torch.get_num_threads()} used"
+    if why is None:
+        yield _gpu()
+    elif present() and not hidden():
+        text = f"A GPU is here that torch cannot use: {why}; runs stop until it works, or they say device 'cpu'."
+        yield Finding(False, text)
     else:
-        text = f"No GPU: profile quick is made for this; {os.cpu_count()} processors, {torch.get_num_threads()} used."
+        text = f"No GPU: {why}; profile quick is made for this ({used}), and runs that ask for device 'cuda' stop."
         yield Finding(True, text)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     good = memory >= 7.5

@@ -17,6 +17,8 @@ import numpy as np
 
 from alps_repro.checkpoints import load_model
 from alps_repro.data import OFFLINE, PROMPT
+from alps_repro.devices import check_products
+from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.sandbox import run_program, why_not
 from alps_repro.tasks import knowledge
@@ -88,6 +90,9 @@ TEMPLATES = ("none", "alpaca")
 
 #: What matrices may be multiplied in: the weights' own dtype, or half precision with everything else left as it is.
 AUTOCASTS = ("none", "bfloat16", "float16")
+
+#: What weights may be loaded in to be evaluated.
+DTYPES = ("float32", "bfloat16", "float16")
 
 #: Questions of an offline task: those that count, and those that settings are chosen on.
 SPLITS = ("test", "validation")
@@ -176,6 +181,8 @@ def evaluate(
     template: str = "none",
     split: str = "test",
     autocast: str = "none",
+    dtype: str | None = None,
+    device: str = "auto",
     allow_code: bool = False,
     progress: bool = True,
 ) -> Evaluation:
@@ -188,21 +195,33 @@ def evaluate(
         tuned on. Offline tasks carry that template already and are never wrapped; prose is none to be answered.
     split: `validation` asks an offline task's other questions, for choosing settings; none of them is in `test`.
     autocast: of `AUTOCASTS`; bfloat16 is the faster one on processors that multiply it (AMX).
+    dtype: of `DTYPES`, what the weights of a named model are loaded in, float32 where none is said: models that are
+        compared want the same one, whatever each is stored in. A loaded model is taken as it is.
+    device: of `devices.DEVICES`, for a named model.
     allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
         in this process, only generates it.
 
     Raises:
-        UserError: a task is unknown, needs the network where there is none, or runs code without leave.
+        UserError: a task is unknown, needs the network where there is none, or runs code without leave; a loaded model
+            is in another dtype, or elsewhere, than is asked for; a GPU is asked for, or there, and cannot be used.
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
     one_of("template", template, TEMPLATES)
     one_of("autocast", autocast, AUTOCASTS)
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
     check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
     if any(_runs_code(task) for task in tasks) and (reason := why_not()):
         raise UserError(reason)
     if isinstance(model, (str, Path)):
-        model, tokenizer = load_model(model, quantization)
+        import torch
+
+        model, tokenizer = load_model(model, quantization, dtype=getattr(torch, dtype or "float32"), device=device)
+    else:
+        _check_loaded(model, quantization, dtype, device)
+    own_dtype = str(model.dtype).removeprefix("torch.")
+    check_products(own_dtype, model.device.type)
     if tokenizer is None:
         raise UserError("A loaded model needs its tokenizer: pass tokenizer=...")
 
@@ -227,6 +246,8 @@ def evaluate(
                 tokenizer=tokenizer,
                 batch_size=batch_size,
                 mixed_precision_dtype=None if autocast == "none" else autocast,
+                # Of logits in 8 or 11 bits; their logarithms, summed over an answer, want more.
+                softmax_dtype=None if own_dtype == "float32" else "float32",
             )
             manager = _manager(any(task in BENCHMARKS for task in tasks))
             found: dict[str, Any] = {}
@@ -280,6 +301,24 @@ def evaluate(
             if before is not None:
                 os.environ["TQDM_DISABLE"] = before
     return _evaluation(found, tasks)
+
+
+def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str) -> None:
+    """Raise `UserError` where a loaded model is not as it was asked to be loaded."""
+    own = str(model.dtype).removeprefix("torch.")
+    if dtype is not None and dtype != own:
+        raise UserError(
+            f"The loaded model is in {own}, and dtype '{dtype}' is asked for: leave dtype out, or load the model in it."
+        )
+    if device != "auto" and placed(device) != model.device.type:
+        raise UserError(
+            f"The loaded model is on '{model.device.type}', and device '{device}' is asked for: leave device out, or "
+            "load the model there."
+        )
+    if quantization != "none" and not getattr(model, f"is_loaded_in_{quantization}", False):
+        raise UserError(
+            f"The loaded model is not quantized to {quantization}: leave quantization out, or load the model with it."
+        )
 
 
 def _configurations(task: str, split: str) -> list[Any]:

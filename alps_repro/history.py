@@ -8,7 +8,9 @@ from typing import Any
 #: default changes, gets a line: the value that runs had until then. It is also the value that is left out of the names
 #: of runs, so that names stay as they are.
 FORMER: dict[str, dict[str, Any]] = {
-    "EvaluateConfig": {"autocast": "none"},
-    "LocalizeConfig": {"dataset": None, "questions": 64},
-    "Recipe": {"warmup_steps": None, "validation": None, "patience": None},
+    "EmbedConfig": {"device": "auto"},
+    "EvaluateConfig": {"autocast": "none", "dtype": "float32", "device": "auto"},
+    "ImportanceConfig": {"device": "auto"},
+    "LocalizeConfig": {"dataset": None, "questions": 64, "device": "auto"},
+    "Recipe": {"warmup_steps": None, "validation": None, "patience": None, "device": "auto"},
 }

@@ -154,6 +154,7 @@ class Recipe(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the forward pass; auto: float16 on a GPU, as in the paper, float32 on a CPU"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     gradient_checkpointing: bool = False
     workers: int = Field(0, ge=0, description="processes that prepare batches; the result does not depend on it")
     examples: int | None = Field(None, gt=0, description="training examples; all of them where none is said")
@@ -226,6 +227,7 @@ class LocalizeConfig(Settings):
     ground: str = "position"
     dataset: str | None = Field(None, description="whose examples importance and hifi ask")
     questions: int = Field(64, gt=0, description="of them")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where importance and hifi run a model")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -235,9 +237,13 @@ class LocalizeConfig(Settings):
                 raise ValueError("The metrics importance and hifi ask examples of a `dataset`, and scale_norm none.")
             if self.metric == "scale_norm" and self.questions != type(self).model_fields["questions"].default:
                 raise ValueError("The metric scale_norm asks no examples: leave questions out.")
+            if self.metric == "scale_norm" and self.device != "auto":
+                raise ValueError("The metric scale_norm is of weights and runs no model: leave device out.")
             if self.head_matrix != RESULT:
                 raise ValueError(f"The metric {self.metric} is of heads' results: say head_matrix '{RESULT}'.")
             return self
+        if self.device != "auto":
+            raise ValueError(f"The metric {self.metric} is of weights and runs no model: leave device out.")
         if self.dataset is not None or self.questions != type(self).model_fields["questions"].default:
             raise ValueError(f"The metric {self.metric} is of weights and asks no examples: leave dataset out.")
         check_metric(self.metric, self.head_matrix, self.tau, self.ground)
@@ -266,6 +272,10 @@ class EvaluateConfig(Settings):
     autocast: Literal["none", "bfloat16", "float16"] = Field(
         "none", description="what matrices are multiplied in, where not in the weights' own dtype"
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what weights are loaded in, those of every model that is compared alike"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
 
     @model_validator(mode="after")
@@ -303,6 +313,7 @@ class ImportanceConfig(Settings):
     questions: int = Field(64, gt=0)
     batch_size: int = Field(16, gt=0)
     head_matrix: str = "product"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -320,6 +331,7 @@ class EmbedConfig(Settings):
     base: str
     datasets: tuple[str, ...]
     questions: int = Field(100, gt=2, description="of each data set")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
 
     @property
     def name(self) -> str:
@@ -451,6 +463,12 @@ class Profile(Settings):
     limit: int | None = None
     eval_batch_size: int = 16
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
+    eval_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what weights are loaded in to be evaluated, the base's and those of tuned models"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="of all runs; cuda: where no GPU can be used, they stop; `recipe` may say another one"
+    )
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
     keep_models: bool = Field(True, description="or remove each tuned model once everything that needs it is done")
@@ -567,7 +585,10 @@ class Profile(Settings):
         asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
         asked = {name: value for name, value in asked.items() if value is not None}
         places = ("default", run.method, f"{run.method}@{run.ratio:g}")
-        recipe = self.recipe.model_dump() | {k: v for place in places for k, v in own.get(place, {}).items()} | asked
+        recipe = self.recipe.model_dump()
+        if self.recipe.device == "auto":
+            recipe["device"] = self.device
+        recipe |= {k: v for place in places for k, v in own.get(place, {}).items()} | asked
         if run.data_share < 1 and recipe["max_steps"]:
             # As many passes over the data as before; an offline data set is as long as its steps need it.
             recipe["max_steps"] = math.ceil(recipe["max_steps"] * run.data_share)
@@ -623,7 +644,7 @@ class Profile(Settings):
         if metric in RESULT_METRICS:
             dataset = None if metric == "scale_norm" else run.heads_from
             asked = {"base": run.base, "task_model": run.base if metric == "hifi" else task_model, "dataset": dataset}
-            asked |= {} if dataset is None else {"questions": self.questions}
+            asked |= {} if dataset is None else {"questions": self.questions, "device": self.device}
             return LocalizeConfig.check(metric=metric, head_matrix=RESULT, **asked)
         return LocalizeConfig.check(
             base=run.base,
@@ -644,13 +665,16 @@ class Profile(Settings):
         if task_model is None:
             raise UserError("A ready-made task model has no questions of its own: take a data set's task model.")
         return ImportanceConfig.check(
-            base=task_model.base, task_model=self.finetuning(task_model), head_matrix=self.head_matrix
+            base=task_model.base,
+            task_model=self.finetuning(task_model),
+            head_matrix=self.head_matrix,
+            device=self.device,
         )
 
     def embedding(self) -> EmbedConfig:
         """The embeddings of all data sets of the profile, by its first model."""
         datasets = tuple(name for family in self.families.values() for name in family.datasets)
-        return EmbedConfig.check(base=self.models[0], datasets=datasets)
+        return EmbedConfig.check(base=self.models[0], datasets=datasets, device=self.device)
 
     def evaluation(
         self, run: Run, tasks: Sequence[str] | None = None, split: str = "test", limit: int | None = None
@@ -667,6 +691,8 @@ class Profile(Settings):
             quantization=run.quantization,
             template=self.template,
             autocast=self.autocast,
+            dtype=self.eval_dtype,
+            device=self.device,
             allow_code=self.allow_code,
             split=split,
         )

@@ -389,8 +389,16 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def provenance(**hashes: dict[str, Any]) -> Provenance:
-    """The provenance of a run in this process."""
+def _on_gpu(config: Config) -> bool:
+    """Whether a run computes on a GPU: there is one, and it was not told to leave it alone."""
+    import torch
+
+    asked = config.recipe.device if isinstance(config, FinetuneConfig) else getattr(config, "device", "auto")
+    return asked != "cpu" and torch.cuda.is_available()
+
+
+def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
+    """The provenance of a run in this process; gpu: whether it used one, by default whether there is one."""
     import torch
 
     # What runs write into a checkout's results is no change of what made them.
@@ -404,15 +412,16 @@ def provenance(**hashes: dict[str, Any]) -> Provenance:
         system=f"{platform.system()} {platform.machine()}",
         processor=_processor(),
         threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        gpu=torch.cuda.get_device_name() if (torch.cuda.is_available() if gpu is None else gpu) else None,
         **hashes,
     )
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
+def peak_memory_bytes(gpu: bool | None = None) -> int:
+    """The most memory this process has held: on the GPU where it used one (by default: where there is one), or
+    resident."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and (torch.cuda.is_available() if gpu is None else gpu):
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
@@ -444,13 +453,14 @@ def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
             config=config,
             result=outcome.result if status == "completed" else {},
             provenance=provenance(
+                _on_gpu(config),
                 model_sha256=outcome.model_sha256,
                 data_sha256=outcome.data_sha256,
                 files_sha256=outcome.files_sha256,
             ),
             cost=Cost(
                 seconds=round(time.perf_counter() - start, 3),
-                peak_memory_bytes=peak_memory_bytes(),
+                peak_memory_bytes=peak_memory_bytes(_on_gpu(config)),
                 trained_parameters=outcome.trained_parameters,
                 total_parameters=outcome.total_parameters,
             ),

@@ -283,7 +283,8 @@ def _localize(
 ) -> tuple[HeadScores, Record]:
     with _recorded(config, results, task=task) as outcome:
         if config.metric in SELECTORS:
-            asked = {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
+            asked = {"device": config.device}
+            asked |= {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
             scores = select_by(config.metric, config.base, task, **asked, progress=progress)
         else:
             scores = localize(
@@ -335,6 +336,8 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             quantization=config.quantization,
             batch_size=config.batch_size,
             autocast=config.autocast,
+            dtype=config.dtype,
+            device=config.device,
             limit=config.limit,
             template=config.template,
             allow_code=config.allow_code,
@@ -437,8 +440,10 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
     """
 
     def make(outcome: Outcome, before: tuple[Record, Path]) -> None:
+        import torch
+
         folder = before[1]
-        model, tokenizer = load_model(folder)
+        model, tokenizer = load_model(folder, dtype=torch.float32, device=config.device)
         asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size)
         lost = importance(model, asked, progress=progress)
         scores = {
@@ -461,7 +466,9 @@ def embed_run(config: EmbedConfig, results: str | Path, *, progress: bool = True
     """Where a model puts the questions of data sets; `result`: {data set: three principal coordinates a question}."""
 
     def make(outcome: Outcome, before: None) -> None:
-        model, tokenizer = load_model(config.base)
+        import torch
+
+        model, tokenizer = load_model(config.base, dtype=torch.float32, device=config.device)
         asked = {name: training_examples(name, size=config.questions)["instruction"] for name in config.datasets}
         outcome.result = {
             name: points.tolist() for name, points in principal(embed(model, tokenizer, asked, progress)).items()

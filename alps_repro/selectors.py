@@ -43,18 +43,37 @@ def scale_norm(base: str | Path, task: str | Path, **_: Any) -> np.ndarray:
 
 
 def importance_of(
-    base: str | Path, task: str | Path, *, dataset: str, questions: int, progress: bool = False
+    base: str | Path,
+    task: str | Path,
+    *,
+    dataset: str,
+    questions: int,
+    device: str = "auto",
+    progress: bool = False,
 ) -> np.ndarray:
-    """Eq. 3's: what the task model loses on examples of a data set with each head silenced, nats per token."""
-    model, tokenizer = load_model(task)
+    """Eq. 3's: what the task model, in float32, loses on examples of a data set with each head silenced, nats a token.
+
+    device: of `devices.DEVICES`.
+    """
+    import torch
+
+    model, tokenizer = load_model(task, dtype=torch.float32, device=device)
     return importance(model, batches(dataset, questions, tokenizer)[0], progress=progress)
 
 
 def richness_of(
-    base: str | Path, task: str | Path, *, dataset: str, questions: int, progress: bool = False
+    base: str | Path,
+    task: str | Path,
+    *,
+    dataset: str,
+    questions: int,
+    device: str = "auto",
+    progress: bool = False,
 ) -> np.ndarray:
-    """HiFi's: of the base's own results on examples of a data set."""
-    model, tokenizer = load_model(base)
+    """HiFi's: of the base's own results, in float32, on examples of a data set; device: of `devices.DEVICES`."""
+    import torch
+
+    model, tokenizer = load_model(base, dtype=torch.float32, device=device)
     return hifi(model, batches(dataset, questions, tokenizer)[0], progress=progress)
 
 

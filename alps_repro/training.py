@@ -13,8 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alps_repro.adapters import ADAPTERS, Target
-from alps_repro.checkpoints import ADAPTER, QUANTIZATIONS, load_model, resolve
+from alps_repro.checkpoints import (
+    ADAPTER,
+    QUANTIZATIONS,
+    adapter_base,
+    is_adapter,
+    load_model,
+    model_hash,
+    resolve,
+)
 from alps_repro.data import OFFLINE, PROMPT, data_hash, offline_splits, training_examples
+from alps_repro.devices import check_launch, check_products, device, processes
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
 from alps_repro.methods import METHODS, SCOPES
@@ -160,19 +169,77 @@ def _precision(recipe: Recipe, gpu: bool) -> str:
     return "float16" if gpu else "float32"
 
 
+def _take_card(count: int) -> None:
+    """Give this process a GPU of its own: the one that the launcher says, else the first that is visible."""
+    import torch
+
+    cards = torch.cuda.device_count()
+    card = int(os.environ.get("LOCAL_RANK") or 0)
+    if card >= cards:
+        raise UserError(
+            f"This is process {card + 1} on a machine with {cards} visible GPUs: start no more processes than GPUs."
+        )
+    if count == 1 and cards > 1:
+        warnings.warn(
+            f"{cards} GPUs are visible and one is used: choose it by CUDA_VISIBLE_DEVICES, or start a process for each "
+            "with torchrun.",
+            UserWarning,
+            stacklevel=3,
+        )
+    torch.cuda.set_device(card)
+
+
+def _base_hashes(base: str | Path) -> list[str]:
+    """Hashes of what training starts from: a model's, or an adapter's and that of the model under it."""
+    folder = resolve(base)
+    return [model_hash(folder), *([model_hash(resolve(adapter_base(folder)))] if is_adapter(folder) else [])]
+
+
 def _last_checkpoint(folder: Path, asked: dict[str, Any]) -> str | None:
     """The checkpoint to resume from, if there is one; `asked` is everything that decides what a run trains."""
     # Trainer writes trainer_state.json last: a checkpoint without it was cut off.
     done = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
     note, text = folder / "run.json", json.dumps(asked, indent=1)
     if done:
-        if not note.exists() or note.read_text() != text:
-            raise UserError(f"'{folder}' holds checkpoints of another run: remove it, or choose another output folder.")
+        differs = _differences(note, json.loads(text))
+        if differs:
+            raise UserError(
+                f"'{folder}' holds checkpoints of another run ({'; '.join(differs)}): remove it, or choose another "
+                "output folder."
+            )
         return str(max(done, key=lambda p: int(p.name.split("-")[1])))
     if os.environ.get("RANK", "0") == "0":
         folder.mkdir(parents=True, exist_ok=True)
         note.write_text(text)
     return None
+
+
+def _differences(note: Path, asked: dict[str, Any]) -> list[str]:
+    """How a run differs from the one whose note lies beside its checkpoints, in a few words each."""
+    try:
+        before = _flat(json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return [f"its {note.name} cannot be read"]
+    now, found = _flat(asked), []
+    for name in dict.fromkeys((*now, *before)):
+        there, here = (json.dumps(run[name]) if name in run else None for run in (before, now))
+        if there is None:
+            found.append(f"{name} is not noted there, as by an older version of this package")
+        elif here is None:
+            found.append(f"{name} is noted there and unknown to this version of the package")
+        elif there != here:
+            found.append(f"{name} {_short(there)} there, {_short(here)} here")
+    return found
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """The note of a run with the settings of its recipe among the others."""
+    return {name: value for name, value in run.items() if name != "recipe"} | run.get("recipe", {})
+
+
+def _short(text: str) -> str:
+    text = text.strip('"')
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def finetune(
@@ -204,10 +271,11 @@ def finetune(
         the base itself: nothing is trained.
     quantization: `none`, `8bit` or `4bit`; with the last two only scope `heads`.
     seed: order of the examples and which of them are drawn; choice_seed: which heads the random methods draw.
-    recipe: the paper's by default.
+    recipe: the paper's by default. Without a launcher one GPU is used, however many are visible.
 
     Raises:
-        UserError: something asked for is unknown or impossible, `output` exists, or its checkpoints are another run's.
+        UserError: something asked for is unknown or impossible, `output` exists, or its checkpoints are another run's;
+            a GPU is asked for, or there, and cannot be used; a variable of the environment asks for something else.
     """
     recipe = recipe or Recipe()
     output = Path(output)
@@ -221,14 +289,23 @@ def finetune(
     import torch
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # of several processes, each has a card
+    where, count = device(recipe.device), processes()
+    gpu = where == "cuda"
+    micro = min(recipe.micro_batch_size, recipe.batch_size)
+    if recipe.batch_size % (micro * count):
+        raise UserError(
+            f"The batch_size {recipe.batch_size} is not a multiple of micro_batch_size {micro} times {count} "
+            "processes: change one of them."
+        )
     precision = _precision(recipe, gpu)
+    check_launch(precision, where)
+    check_products(precision, where)
+    if gpu:
+        _take_card(count)
     set_seed(seed)
     # Weights that are trained themselves are kept in float32; frozen ones may stay as they are stored.
     dtype = torch.float32 if scope == "all" or not gpu else None
-    model, tokenizer = load_model(base, quantization, dtype=dtype)
+    model, tokenizer = load_model(base, quantization, dtype=dtype, device=where)
     if precision == "bfloat16" and not gpu:
         model.set_attn_implementation("eager")  # torch's fused attention is slow there
     layout = HeadLayout.of(model)
@@ -260,17 +337,10 @@ def finetune(
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
 
     checkpoints = output.with_name(output.name + ".checkpoints")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = min(recipe.micro_batch_size, recipe.batch_size)
-    if recipe.batch_size % (micro * processes):
-        raise UserError(
-            f"The batch_size {recipe.batch_size} is not a multiple of micro_batch_size {micro} times {processes} "
-            "processes: change one of them."
-        )
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // (micro * processes),
+        gradient_accumulation_steps=recipe.batch_size // (micro * count),
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         learning_rate=recipe.learning_rate,
@@ -307,6 +377,15 @@ def finetune(
         dataloader_pin_memory=gpu,
         dataloader_num_workers=recipe.workers,
     )
+    if gpu:
+        arguments._n_gpu = 1  # Trainer would spread one process over all cards, and the batch would grow with them
+    step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    if step != recipe.batch_size:
+        raise UserError(
+            f"A step would take {step} examples and not the batch_size {recipe.batch_size}: transformers sees "
+            f"{arguments.world_size} processes, the environment says {count}; start them with torchrun or accelerate "
+            "launch."
+        )
     trainer = _trainer(
         tuned,
         model=tuned if scope == "heads" else model,
@@ -323,6 +402,10 @@ def finetune(
     chosen = heads.heads if heads is not None else ()
     asked = {
         "base": str(base),
+        "base_sha256": _base_hashes(base),
+        "precision": precision,
+        "device": where,
+        "processes": count,
         "heads": chosen,
         "adapter": adapter,
         "rank": rank,
@@ -330,7 +413,8 @@ def finetune(
         "quantization": quantization,
         "seed": seed,
         "data": sha256,
-        "recipe": recipe.dump(),
+        # What `auto` stands for is said above.
+        "recipe": {name: value for name, value in recipe.dump().items() if name not in ("precision", "device")},
     }
     result = trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints, asked))
     losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tiny_models import tiny_checkpoint
 
-from alps_repro import tables
+from alps_repro import doctor, tables
 from alps_repro.cli import app, main
 from alps_repro.experiments import evaluations
 from alps_repro.recipe import Profile
@@ -372,6 +372,46 @@ def test_help(shell: Shell, command: str) -> None:
     assert ran.status == 0
     assert ran.err == ""
     assert "Usage: " in ran.out
+
+
+@pytest.mark.parametrize(
+    ("why", "present", "good", "says"),
+    [
+        (
+            "torch is built without CUDA",
+            True,
+            False,
+            "A GPU is here that torch cannot use: torch is built without CUDA;",
+        ),
+        ("torch is built without CUDA", False, True, "No GPU: torch is built without CUDA; profile quick"),
+        ("there is no NVIDIA GPU", False, True, "runs that ask for device 'cuda' stop"),
+    ],
+)
+def test_doctor_says_what_is_wrong_with_a_gpu(
+    why: str, present: bool, good: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "unusable", lambda: why)
+    monkeypatch.setattr(doctor, "present", lambda: present)
+    monkeypatch.setattr(doctor, "hidden", lambda: False)
+    found = next(doctor._device())
+    assert says in found.text
+    assert (found.good, found.needed) == (good, True)
+
+
+def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_path: Path) -> None:
+    """GPUs are hidden from the tests: one that is asked for stops the run."""
+    results, words = f"--results={tmp_path}", (str(models / "base"), "chain_sum", "--device=cuda")
+    asked = {"finetune": ["--method=full", *SMALL], "evaluate": ["--limit=1", "--dtype=bfloat16"]}
+    for command, own in asked.items():
+        ran = shell(command, *words, *own, results)
+        assert ran.status == 2
+        assert "A GPU is asked for (device 'cuda') and none can be used" in ran.err
+        (path,) = (tmp_path / "records").glob(f"{command}-*.failed.json")
+        record = json.loads(path.read_text())
+        assert record["provenance"]["gpu"] is None
+        config = record["config"] if command == "evaluate" else record["config"]["recipe"]
+        assert config["device"] == "cuda"
+        assert config.get("dtype") == ("bfloat16" if command == "evaluate" else None)
 
 
 def test_doctor_says_a_line_a_thing_and_no_secret(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,26 @@ def test_autocast_rounds_products_and_nothing_else(loaded: tuple[Any, Any]) -> N
         evaluate(model, ["chain_sum"], tokenizer=tokenizer, autocast="fp16")
 
 
+def test_dtype_is_what_weights_are_loaded_in_whatever_they_are_stored_in(tmp_path: Path, tiny: Path) -> None:
+    """A tuned model is saved in float32, a base often in bfloat16: with the same weights they answer the same."""
+    model, tokenizer = load_model(tiny, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def answers(model: Any, **asked: Any) -> list[float]:
+        found = evaluate(model, ["chain_sum"], limit=3, progress=False, **asked)
+        return [row["answer_loglikelihood"] for row in found.samples["chain_sum"]]
+
+    rounded = answers(tmp_path, dtype="bfloat16")
+    assert answers(tiny, dtype="bfloat16") == answers(model, tokenizer=tokenizer) == rounded
+    exact = answers(tiny)
+    assert all(a != b for a, b in zip(exact, rounded, strict=True))
+    assert rounded == pytest.approx(exact, rel=2**-7)
+    assert answers(tmp_path) != rounded  # a base that is stored in bfloat16 is not evaluated in it unasked
+    # Logarithms of probabilities are taken, and summed, in float32: in bfloat16 they would have 8 bits.
+    assert rounded != torch.tensor(rounded).bfloat16().tolist()
+
+
 def test_another_model_is_not_given_the_old_answers(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     other, _ = load_model(tiny_checkpoint(tmp_path / "other", seed=1))
@@ -639,6 +659,9 @@ def test_missing_package_is_named(loaded: tuple[Any, Any]) -> None:
         ("chain_sum", {}, "a list of task names"),
         ([], {}, "a list of task names"),
         (["chain_sum"], {"template": "alpacca"}, "no template 'alpacca': did you mean 'alpaca'"),
+        (["chain_sum"], {"dtype": "fp16"}, "no dtype 'fp16': known are: bfloat16, float16, float32"),
+        (["chain_sum"], {"dtype": "bfloat16"}, "loaded model is in float32, and dtype 'bfloat16'"),
+        (["chain_sum"], {"quantization": "8bit"}, "loaded model is not quantized to 8bit"),
         (["chain_sum"], {"tokenizer": None}, "needs its tokenizer"),
         (["chain_sum"], {"split": "valid"}, "no split 'valid': did you mean 'validation'"),
         (["chain_sum", "gsm8k"], {"split": "validation"}, "'gsm8k' is asked on its test questions only.*chain_sum"),

@@ -71,6 +71,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "loss_on": "prompt",
         "max_grad_norm": 0.5,
         "precision": "float32",
+        "device": "cpu",
         "gradient_checkpointing": True,
         "examples": 100,
         "data_share": 0.5,
@@ -100,6 +101,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "ground": "value",
         "dataset": {"dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
         "questions": {"questions": 8, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
+        "device": {"device": "cpu", "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
     },
     EvaluateConfig: {
         "model": FinetuneConfig(**FULL),
@@ -110,6 +112,8 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "template": "alpaca",
         "split": "validation",
         "autocast": "bfloat16",
+        "dtype": "bfloat16",
+        "device": "cpu",
         "allow_code": True,
     },
     RecallConfig: {
@@ -125,11 +129,13 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "questions": 8,
         "batch_size": 8,
         "head_matrix": "concat",
+        "device": "cpu",
     },
     EmbedConfig: {
         "base": "other",
         "datasets": ("gcd",),
         "questions": 8,
+        "device": "cpu",
     },
 }
 
@@ -716,6 +722,33 @@ def test_runs_about_the_whole_profile(tmp_path: Path) -> None:
     assert profile.importance().head_matrix == "concat"
     assert profile.importance("gcd").task_model.dataset == "gcd"
     assert profile.embedding().datasets == ("chain_sum", "basic_arithmetic", "gcd")
+
+
+def test_device_and_dtype_of_a_profile_are_those_of_its_runs(tmp_path: Path) -> None:
+    plain, mine = profile_of(tmp_path), profile_of(tmp_path, device="cuda", eval_dtype="bfloat16")
+    for profile, device, dtype in ((plain, "auto", "float32"), (mine, "cuda", "bfloat16")):
+        alps, base = (profile.evaluation(profile.run(method=name)) for name in ("alps", "vanilla"))
+        assert (alps.dtype, base.dtype) == (dtype, dtype)
+        hifi = profile.localization(profile.run(method="hifi"))
+        runs = [alps, base, alps.model.recipe, alps.model.localization.task_model.recipe, hifi, profile.importance()]
+        assert {run.device for run in [*runs, profile.embedding()]} == {device}
+        assert alps.model.localization.device == "auto"  # of weights: no model is run
+    own = profile_of(tmp_path, device="cuda", recipe={"device": "cpu"})
+    assert (own.finetuning(own.run()).recipe.device, own.evaluation(own.run()).device) == ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("asked", [{}, {"metric": "scale_norm", "head_matrix": "result"}])
+def test_device_of_a_localization_that_runs_no_model_is_refused(asked: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="of weights and runs no model: leave device out"):
+        LocalizeConfig.check(base="m", task_model="t", device="cpu", **asked)
+
+
+@pytest.mark.parametrize("name", ["paper", "gpu-4bit"])
+def test_profiles_for_gpus_stop_without_one_and_evaluate_all_models_alike(name: str) -> None:
+    profile = Profile.load(name)
+    for run in (profile.run(method="vanilla"), profile.run(method="full"), profile.run(method="alps")):
+        config = profile.evaluation(run)
+        assert (config.dtype, config.device) == ("bfloat16", "cuda")
 
 
 # Notebook parameters
