@@ -104,6 +104,7 @@ def finetune(
     from alps_repro.methods import METHODS
     from alps_repro.recipe import FinetuneConfig, LocalizeConfig
     from alps_repro.runs import finetune_run
+    from alps_repro.text import said_lost
 
     one_of("method", method, METHODS)
     recipe, localization = _recipe(setting), None
@@ -128,6 +129,8 @@ def finetune(
         f"trained {cost.trained_parameters:,} of {cost.total_parameters:,} parameters in {cost.seconds:.0f} s"
         + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
+    if record.result.get("rows") and (lost := said_lost(record.result["rows"])):
+        console.print(f"lost: {lost}", soft_wrap=True)
     console.print(str(model), soft_wrap=True)
 
 
@@ -141,6 +144,7 @@ def evaluate(
     template: Annotated[str, typer.Option(help="Around lm-eval's own text: none or alpaca.")] = "none",
     autocast: Annotated[str, typer.Option(help="Multiply in: none (the weights' own), bfloat16, float16.")] = "none",
     allow_code: Annotated[bool, typer.Option(help="Run code that the model wrote.")] = False,
+    max_lost: Annotated[float, typer.Option(help="Share of a task's prompts that may be cut; 1: go on anyway.")] = 0.05,
     results: Results = Path("results/shell"),
 ) -> None:
     """Evaluate a model with lm-evaluation-harness."""
@@ -157,11 +161,16 @@ def evaluate(
         template=template,
         autocast=autocast,
         allow_code=allow_code,
+        max_lost=max_lost,
     )
     record = evaluate_run(config, results)
     for task, score in record.result["scores"].items():
         shown = f"{score:.4f} nats per token" if lower_is_better(task) else f"{100 * score:.2f} %"
         console.print(f"{task}: {shown}")
+    for task, number in record.result.get("truncated", {}).items():
+        if number:
+            asked = record.result["questions"][task]
+            console.print(f"{task}: {number} of {asked} prompts were cut from the left to fit into the model")
     console.print(str(results / "samples" / record.result["samples"]), soft_wrap=True)
 
 

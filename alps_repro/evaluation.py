@@ -20,6 +20,7 @@ from alps_repro.data import OFFLINE, PROMPT
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.sandbox import run_program, why_not
 from alps_repro.tasks import knowledge
+from alps_repro.text import MAX_LOST
 
 if TYPE_CHECKING:
     import torch
@@ -105,7 +106,8 @@ class Evaluation:
         task also `answer_loglikelihood` (nats, mean over the right answers) and `answer_accuracy` (share of these that
         are what the model would say greedily, token by token). samples: {task: one dict per question, by `doc_id`,
         with prompt, answer and grade}. versions, shots, hashes: {task: ...}; a hash is over questions, prompts and
-        answers.
+        answers. truncated: {task: questions whose prompt was cut from the left, since it did not fit into the model's
+        positions with an answer behind it}.
     """
 
     scores: dict[str, float]
@@ -114,6 +116,7 @@ class Evaluation:
     versions: dict[str, Any]
     shots: dict[str, int]
     hashes: dict[str, str]
+    truncated: dict[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -165,6 +168,18 @@ def check_tasks(tasks: Sequence[str], allow_code: bool, split: str = "test") -> 
             )
 
 
+def check_limit(limit: Any) -> int | None:
+    """A number of questions per task, or None for all; `UserError` for any other (lm-eval would take 0.5 for half)."""
+    if limit is None:
+        return None
+    number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if not number or not 1 <= limit < float("inf") or limit != int(limit):
+        raise UserError(
+            f"The limit {limit!r} is no number of questions: give a whole one of 1 or more, or leave it out for all."
+        )
+    return int(limit)
+
+
 def evaluate(
     model: str | Path | torch.nn.Module,
     tasks: Sequence[str],
@@ -177,6 +192,7 @@ def evaluate(
     split: str = "test",
     autocast: str = "none",
     allow_code: bool = False,
+    max_lost: float = MAX_LOST,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
@@ -190,15 +206,21 @@ def evaluate(
     autocast: of `AUTOCASTS`; bfloat16 is the faster one on processors that multiply it (AMX).
     allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
         in this process, only generates it.
+    max_lost: share of a task's questions whose prompt may be cut to the model's positions, as lm-eval does it; more of
+        them stop the run before the model is asked, and 1 goes on whatever is cut.
 
     Raises:
-        UserError: a task is unknown, needs the network where there is none, or runs code without leave.
+        UserError: a task is unknown, needs the network where there is none, or runs code without leave; or its prompts
+            do not fit into the model.
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
     one_of("template", template, TEMPLATES)
     one_of("autocast", autocast, AUTOCASTS)
     check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
+    limit = check_limit(limit)
+    if batch_size < 1:
+        raise UserError(f"The batch_size {batch_size} asks no question at a time: give 1 or more.")
     if any(_runs_code(task) for task in tasks) and (reason := why_not()):
         raise UserError(reason)
     if isinstance(model, (str, Path)):
@@ -226,6 +248,7 @@ def evaluate(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
+                max_lost=max_lost,
                 mixed_precision_dtype=None if autocast == "none" else autocast,
             )
             manager = _manager(any(task in BENCHMARKS for task in tasks))
@@ -256,7 +279,8 @@ def evaluate(
                 if task in OFFLINE:
                     _add_answers(task, found)
                 elif task in KNOWLEDGE and (summary := KNOWLEDGE[task].summary):
-                    found["results"][task].update(summary(found["samples"][task], lm.tok_encode))
+                    found["results"][task].update(summary(found["samples"][task], lm.tok_text))
+            found["truncated"] = _truncated(lm.truncated, found["samples"])
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -279,7 +303,21 @@ def evaluate(
             os.environ.pop("TQDM_DISABLE")
             if before is not None:
                 os.environ["TQDM_DISABLE"] = before
+    for task, number in found["truncated"].items():
+        if number:
+            asked = len({row["doc_id"] for row in found["samples"][task]})
+            warnings.warn(
+                f"Of the task '{task}', {number} of {asked} prompts were cut from the left: with an answer they do not "
+                f"fit into the model's {lm.max_length} positions.",
+                stacklevel=2,
+            )
     return _evaluation(found, tasks)
+
+
+def _truncated(found: dict[str, set[int]], samples: dict[str, Any]) -> dict[str, int]:
+    """How many questions of each task lost a part of their prompt, asked for an answer or for its likelihood."""
+    names = {task: (task, f"{task}_answer") if task in OFFLINE else (task,) for task in samples}
+    return {task: len(set().union(*(found.get(name, ()) for name in own))) for task, own in names.items()}
 
 
 def _configurations(task: str, split: str) -> list[Any]:
@@ -363,6 +401,7 @@ def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
         versions=dict(found["versions"]),
         shots={task: int(n) for task, n in found["n-shot"].items()},
         hashes=hashes,
+        truncated=found["truncated"],
     )
 
 

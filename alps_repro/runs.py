@@ -35,8 +35,8 @@ from alps_repro.recipe import (
 )
 from alps_repro.records import KINDS, Config, Outcome, Record, load_record, record_path, recorded, write_whole
 from alps_repro.scores import HeadScores, localize
-from alps_repro.selectors import SELECTORS, batches, select_by
-from alps_repro.training import finetune
+from alps_repro.selectors import MAX_LENGTH, SELECTORS, batches, select_by
+from alps_repro.training import finetune, longest
 
 
 def _done(folder: Path, kind: str, config: Config) -> Record | None:
@@ -115,6 +115,7 @@ def _finetune(
             progress=progress,
         )
         outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens, "rank": tuned.rank}
+        outcome.result["rows"] = tuned.rows
         if tuned.validation:
             outcome.result["validation"] = tuned.validation
         if tuned.closed_gates is not None:
@@ -149,7 +150,8 @@ def _localize(
 ) -> tuple[HeadScores, Record]:
     with recorded(results / "records", config) as outcome:
         if config.metric in SELECTORS:
-            asked = {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
+            chosen_by = {"dataset", "questions", "max_lost"}
+            asked = {} if config.dataset is None else config.model_dump(include=chosen_by)
             scores = select_by(config.metric, config.base, task, **asked, progress=progress)
         else:
             scores = localize(
@@ -188,6 +190,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             template=config.template,
             allow_code=config.allow_code,
             split=config.split,
+            max_lost=config.max_lost,
             progress=progress,
         )
         samples = results / "samples" / f"{config.name}.jsonl"
@@ -198,6 +201,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             "scores": found.scores,
             "metrics": found.results,
             "questions": {task: len({row["doc_id"] for row in rows}) for task, rows in found.samples.items()},
+            "truncated": found.truncated,
             "shots": found.shots,
             "task_versions": found.versions,
             "headline_metric": {task: headline(task) for task in config.tasks},
@@ -292,7 +296,8 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
     def make(outcome: Outcome, before: tuple[Record, Path]) -> None:
         folder = before[1]
         model, tokenizer = load_model(folder)
-        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size)
+        fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": config.max_lost}
+        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size, **fit)
         lost = importance(model, asked, progress=progress)
         scores = {
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
