@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from alps_repro.errors import UserError
+from alps_repro.text import MAX_LOST, said_lost
 
 app = typer.Typer(
     name="alps-repro",
@@ -104,7 +105,6 @@ def finetune(
     from alps_repro.methods import METHODS
     from alps_repro.recipe import FinetuneConfig, LocalizeConfig
     from alps_repro.runs import finetune_run
-    from alps_repro.text import said_lost
 
     one_of("method", method, METHODS)
     recipe, localization = _recipe(setting), None
@@ -144,7 +144,9 @@ def evaluate(
     template: Annotated[str, typer.Option(help="Around lm-eval's own text: none or alpaca.")] = "none",
     autocast: Annotated[str, typer.Option(help="Multiply in: none (the weights' own), bfloat16, float16.")] = "none",
     allow_code: Annotated[bool, typer.Option(help="Run code that the model wrote.")] = False,
-    max_lost: Annotated[float, typer.Option(help="Share of a task's prompts that may be cut; 1: go on anyway.")] = 0.05,
+    max_lost: Annotated[
+        float, typer.Option(help="Share of a task's prompts that may be cut; 1: go on anyway.")
+    ] = MAX_LOST,
     results: Results = Path("results/shell"),
 ) -> None:
     """Evaluate a model with lm-evaluation-harness."""

@@ -175,7 +175,7 @@ def check_limit(limit: Any) -> int | None:
     number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
     if not number or not 1 <= limit < float("inf") or limit != int(limit):
         raise UserError(
-            f"The limit {limit!r} is no number of questions: give a whole one of 1 or more, or leave it out for all."
+            f"The parameter 'limit' is {limit!r}: give a whole number of questions, 1 or more, or leave it out for all."
         )
     return int(limit)
 

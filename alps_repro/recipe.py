@@ -414,11 +414,11 @@ class Profile(Settings):
     )
     candidates: tuple[str, ...] = Field((), description="offline data sets that the families were chosen from")
     search: tuple[Search, ...] = ()
-    search_limit: Annotated[int, BeforeValidator(check_limit)] = 200
+    search_limit: int = Field(200, gt=0)
     search_seed: int = Field(90, description="of training in the search, apart from `seeds`")
     limit: Limit = None
     max_lost: MaxLost | None = Field(None, description="of rows and prompts, in every run; None: what each run has")
-    eval_batch_size: int = Field(16, gt=0)
+    eval_batch_size: int = 16
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False

@@ -96,7 +96,7 @@ def tokenize_and_count(examples: Dataset, tokenizer: Any, max_length: int) -> tu
     kept = encoded.filter(lambda row: not row["dropped"], desc="dropping overlong prompts")
     if not len(kept):
         raise UserError(
-            f"No example's prompt fits into max_length {max_length}: raise it if the model has the positions."
+            f"No example's prompt fits into max_length {max_length}: raise it, or use a model with more positions."
         )
     rows = {"given": len(encoded), "used": len(kept), **counts, "max_length": max_length}
     return kept.remove_columns(list(counts)), rows

@@ -68,6 +68,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "batch_size": 64,
         "micro_batch_size": 8,
         "max_length": 512,
+        "max_lost": 0.2,
         "loss_on": "prompt",
         "max_grad_norm": 0.5,
         "precision": "float32",
@@ -100,6 +101,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "ground": "value",
         "dataset": {"dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
         "questions": {"questions": 8, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
+        "max_lost": {"max_lost": 0.2, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
     },
     EvaluateConfig: {
         "model": FinetuneConfig(**FULL),
@@ -111,6 +113,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "split": "validation",
         "autocast": "bfloat16",
         "allow_code": True,
+        "max_lost": 0.2,
     },
     RecallConfig: {
         "base": "other",
@@ -125,6 +128,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "questions": 8,
         "batch_size": 8,
         "head_matrix": "concat",
+        "max_lost": 0.2,
     },
     EmbedConfig: {
         "base": "other",
