@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from decimal import Decimal
@@ -157,7 +158,7 @@ TAKEN_ROWS = [
         "Training rows",
         "an input that is a number",
         "follows the instruction after an empty line, where there is one",
-        Dataset.from_list(rows_of(input=5)),
+        Dataset.from_list([{**ROW, "input": None}, {**ROW, "input": 5}]),
         [("what is red", "cat"), ("what is red\n\n5", "cat")],
     ),
     brought(
@@ -223,7 +224,7 @@ def test_copies_of_named_data_sets(name: str, columns: dict[str, Any], happens: 
 
 
 def test_data_set_of_a_configuration_is_no_file() -> None:
-    with pytest.raises(UserError, match="is a file or folder.*pass its rows to alps_repro.finetune"):
+    with pytest.raises(UserError, match=r"is a file or folder.*pass its rows to alps_repro\.finetune"):
         FinetuneConfig.check(base="m", dataset="mine.jsonl", method="full")
 
 
@@ -272,9 +273,8 @@ def test_rows_that_lose_text(row: dict[str, str], counts: dict[str, int], said: 
     kept, rows = tokenize_and_count(Dataset.from_list([*WHOLE, row]), tokenizer, max_length)
     assert rows == {**counts, "max_length": max_length}
     assert len(kept) == rows["used"]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match=re.escape(said.format(max_length=max_length))):
         check_rows(rows, 0.05)
-    assert said.format(max_length=max_length) in str(caught[0].message)
     for ids, start in zip(kept["input_ids"], kept["prompt_length"], strict=True):
         assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[:start])
     # One more of twenty is too many, unless one says so.
@@ -427,17 +427,13 @@ def test_prompts_are_the_same_in_training_and_evaluation(
             assert lm._encode_pair(prompt.rstrip(), answer) == ([*begins, *text[:-1]], said[:-1])
 
 
-@pytest.mark.parametrize("make", [ending("<s> $A"), ending("<s> $A </s>"), flagged(add_bos_token=True)])
-def test_prose_begins_once_and_ends_nowhere(make: Callable[[], PreTrainedTokenizerFast]) -> None:
-    model = tiny_model("llama", max_position_embeddings=1024)
-    found = [
-        evaluate(model, ["prose"], tokenizer=tokenizer, limit=2, progress=False)
-        for tokenizer in (tiny_tokenizer(), make())
-    ]
-    # A tokenizer that adds nothing has its prose begun by the same token.
-    for name in ("loglikelihood", "tokens"):
-        first, second = ([row[name] for row in one.samples["prose"]] for one in found)
-        assert first == second
+def test_prose_begins_once_and_ends_nowhere() -> None:
+    """Where a tokenizer adds nothing, lm-eval begins prose by the same token."""
+    model, found = tiny_model("llama", max_position_embeddings=1024), set()
+    for make in (tiny_tokenizer, ending("<s> $A"), ending("<s> $A </s>"), flagged(add_eos_token=True)):
+        (row,) = evaluate(model, ["prose"], tokenizer=make(), limit=1, progress=False).samples["prose"]
+        found.add((row["loglikelihood"], row["tokens"]))
+    assert len(found) == 1
 
 
 def test_special_tokens_in_the_real_model_are_text(smollm2: Path) -> None:
