@@ -162,7 +162,7 @@ def test_what_was_lost_is_said(shell: Shell, tmp_path: Path) -> None:
     assert asked[0].out.splitlines()[1] == "chain_sum: 4 of 4 prompts were cut from the left to fit into the model"
 
     long = tiny_checkpoint(tmp_path / "long")
-    words = ["finetune", long, "chain_sum", "--method=random", "--scope=heads", *SMALL, "--set=max_length=245", results]
+    words = ["finetune", long, "chain_sum", "--method=random", "--scope=heads", *SMALL, "--set=max_length=208", results]
     tuned = shell(*words)
     assert (tuned.status, tuned.out) == (2, "")
     tuned = [shell(*words, "--set=max_lost=1") for _ in range(2)]
@@ -170,7 +170,7 @@ def test_what_was_lost_is_said(shell: Shell, tmp_path: Path) -> None:
     (record,) = [r for r in load_records(tmp_path / "records", "finetune") if r.status == "completed"]
     rows = record.result["rows"]
     assert rows["cut"] + rows["dropped"] > 0.05 * rows["given"] == 0.05 * 4
-    assert f"lost: of 4 rows, {rows['cut']} cut at 245 tokens" in tuned[0].out
+    assert f"lost: of 4 rows, {rows['cut']} cut at 208 tokens" in tuned[0].out
 
 
 def test_ratio_of_a_method_that_has_none_makes_no_other_run(shell: Shell, models: Path, tmp_path: Path) -> None:
