@@ -21,12 +21,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alps_repro import Recipe, evaluate, finetune
 from alps_repro.data import PROMPT, own_examples, training_examples
+from alps_repro.embeddings import embed
 from alps_repro.errors import UserError
 from alps_repro.evaluation import check_limit
 from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Profile
+from alps_repro.selectors import batches
 from alps_repro.tasks.offline import PromptedLM
 from alps_repro.text import positions, said_lost
-from alps_repro.training import check_rows, tokenize, tokenize_and_count
+from alps_repro.training import check_rows, longest, tokenize, tokenize_and_count
 
 ROW = {"instruction": "what is red", "response": "cat"}
 
@@ -499,6 +501,18 @@ def test_positions_are_the_model_s(name: str, settings: dict[str, Any], expected
             "an answer longer than the model",
             "takes answers of 200 tokens, which leave no room for a prompt",
             lambda model: score(model, "a", "b" * 200),
+        ),
+        brought(
+            "Prompts",
+            "questions to embed that are longer than the model",
+            "A text of 'mine' has 200 tokens, and the model 128 positions",
+            lambda model: embed(model, tiny_tokenizer(), {"mine": ["a" * 200]}),
+        ),
+        brought(
+            "Prompts",
+            "questions to choose heads by that are longer than the model",
+            "No example's prompt fits into max_length 128",
+            lambda model: batches("chain_sum", 4, tiny_tokenizer(), max_length=longest(model, 2048)),
         ),
     ],
 )
