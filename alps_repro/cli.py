@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from alps_repro.errors import UserError
+from alps_repro.text import MAX_LOST, said_lost
 
 app = typer.Typer(
     name="alps-repro",
@@ -130,6 +131,8 @@ def finetune(
         f"trained {cost.trained_parameters:,} of {cost.total_parameters:,} parameters in {cost.seconds:.0f} s"
         + (f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     )
+    if record.result.get("rows") and (lost := said_lost(record.result["rows"])):
+        console.print(f"lost: {lost}", soft_wrap=True)
     console.print(str(model), soft_wrap=True)
 
 
@@ -145,6 +148,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="Load weights in: float32, bfloat16 or float16.")] = "float32",
     device: Device = None,
     allow_code: Annotated[bool, typer.Option(help="Run code that the model wrote.")] = False,
+    max_lost: Annotated[
+        float, typer.Option(help="Share of a task's prompts that may be cut; 1: go on anyway.")
+    ] = MAX_LOST,
     results: Results = Path("results/shell"),
 ) -> None:
     """Evaluate a model with lm-evaluation-harness."""
@@ -163,11 +169,16 @@ def evaluate(
         dtype=dtype,
         device=device or "auto",
         allow_code=allow_code,
+        max_lost=max_lost,
     )
     record = evaluate_run(config, results)
     for task, score in record.result["scores"].items():
         shown = f"{score:.4f} nats per token" if lower_is_better(task) else f"{100 * score:.2f} %"
         console.print(f"{task}: {shown}")
+    for task, number in record.result.get("truncated", {}).items():
+        if number:
+            asked = record.result["questions"][task]
+            console.print(f"{task}: {number} of {asked} prompts were cut from the left to fit into the model")
     console.print(str(results / "samples" / record.result["samples"]), soft_wrap=True)
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +30,16 @@ PROMPT = (
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One of the paper's data sets: hub id, split, and how a row becomes (instruction, response)."""
+    """One of the paper's data sets: hub id, split, and how a row becomes (instruction, response).
+
+    columns: that are used, in the order `convert` takes them. ignored: that say nothing more, or say it again.
+    """
 
     hub_id: str
     split: str
     columns: tuple[str, ...]
     convert: Callable[..., tuple[str, str]]
+    ignored: tuple[str, ...] = ()
 
 
 def _plain(instruction: str, response: str) -> tuple[str, str]:
@@ -41,7 +48,7 @@ def _plain(instruction: str, response: str) -> tuple[str, str]:
 
 def _with_input(instruction: str, input: str | None, output: str) -> tuple[str, str]:
     # The paper's template has no input field: the input, where there is one, follows the instruction.
-    return (f"{instruction}\n\n{input}" if input else instruction), output
+    return (instruction + "\n\n" + input if input else instruction), output
 
 
 def _first_turn(messages: list[dict[str, str]]) -> tuple[str, str]:
@@ -56,10 +63,14 @@ _ALPACA_COLUMNS = ("instruction", "input", "output")
 
 #: The paper's data sets by the names used here (ALPS, section 4.1).
 HUB: dict[str, HubDataset] = {
-    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", "train_sft", ("messages",), _first_turn),
-    "alpaca": HubDataset("tatsu-lab/alpaca", "train", _ALPACA_COLUMNS, _with_input),
-    "mathinstruct": HubDataset("TIGER-Lab/MathInstruct", "train", ("instruction", "output"), _plain),
-    "camel_math": HubDataset("camel-ai/math", "train", ("message_1", "message_2"), _plain),
+    "ultrachat": HubDataset(
+        "HuggingFaceH4/ultrachat_200k", "train_sft", ("messages",), _first_turn, ("prompt", "prompt_id")
+    ),
+    "alpaca": HubDataset("tatsu-lab/alpaca", "train", _ALPACA_COLUMNS, _with_input, ("text",)),
+    "mathinstruct": HubDataset("TIGER-Lab/MathInstruct", "train", ("instruction", "output"), _plain, ("source",)),
+    "camel_math": HubDataset(
+        "camel-ai/math", "train", ("message_1", "message_2"), _plain, ("role_1", "topic", "topic;", "sub_topic")
+    ),
     "magicoder": HubDataset("ise-uiuc/Magicoder-Evol-Instruct-110K", "train", ("instruction", "response"), _plain),
     "codealpaca": HubDataset("sahil2801/CodeAlpaca-20k", "train", _ALPACA_COLUMNS, _with_input),
 }
@@ -189,11 +200,14 @@ def training_examples(
         repository (`data/train_sft-00000-of-00001.parquet` and so on).
 
     Raises:
-        UserError: unknown name, no network, no readable local copy, or columns other than expected.
+        UserError: unknown name, no network, no readable local copy, or columns other than expected. No column is
+            dropped but those that `HUB` names.
     """
     from datasets import Dataset
 
-    one_of("data set", name, DATASETS)
+    check_dataset(name)
+    if size is not None and size < 1:
+        raise UserError(f"A size of {size} takes no examples: give 1 or more, or leave it out.")
     if name in OFFLINE:
         size = DEFAULT_TRAIN_SIZE if size is None else size
         return Dataset.from_list(offline_splits(name, train_size=size, seed=seed)["train"])
@@ -216,6 +230,12 @@ def training_examples(
             f"The data set '{name}' has columns {rows.column_names}, but '{', '.join(sorted(missing))}' is expected: "
             "is it another version?"
         )
+    unknown = [column for column in rows.column_names if column not in (*wanted.columns, *wanted.ignored)]
+    if unknown:
+        raise UserError(
+            f"The data set '{name}' has a column '{unknown[0]}' that would not be used: is it another version? Give a "
+            f"copy with {', '.join(wanted.columns)} alone."
+        )
     if size is not None and size < len(rows):
         rows = rows.shuffle(seed=seed).select(range(size))
 
@@ -230,6 +250,112 @@ def training_examples(
             ) from error
 
     return rows.map(convert, remove_columns=rows.column_names, desc=f"reading {name}")
+
+
+#: How `datasets.load_dataset` calls the kinds of files that people keep rows in.
+_KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def check_dataset(name: str) -> str:
+    """`name`, or `UserError` where it is none of `DATASETS`; a file is told how to become rows."""
+    path = Path(name)
+    kind = _KINDS.get(path.suffix.lower())
+    if name not in DATASETS and (kind or os.path.exists(name)):
+        how = f"datasets.load_dataset('{kind}', data_files='{path}', split='train')" if kind else "datasets"
+        raise UserError(
+            f"'{path}' is a file or folder, not the name of a data set: read it with {how}, and pass its rows to "
+            "alps_repro.finetune."
+        )
+    return one_of("data set", name, DATASETS)
+
+
+#: Columns of a row of one's own: its instruction and response, and at most one of what follows the instruction.
+_OWN, _AFTER = ("instruction", "response"), ("input", "context")
+
+
+def own_examples(rows: Any) -> Dataset:
+    """Rows of one's own as training examples: columns `instruction` and `response`, both text.
+
+    rows: a `datasets.Dataset` or a list of dicts, with `instruction` and `response`, and at most one of `input` and
+        `context`, which follows the instruction after an empty line where there is any, as in Alpaca. Numbers are
+        written out. Every other column is refused, since it would not be used.
+
+    Raises:
+        UserError: names the column, or the row by its number, and says what to do.
+    """
+    from datasets import Dataset, Features, IterableDataset, Value
+
+    if isinstance(rows, (str, Path)):
+        check_dataset(str(rows))
+    if isinstance(rows, IterableDataset):
+        raise UserError(
+            "A streamed data set cannot be counted or shuffled before training: take rows of it as a list, such as "
+            "list(rows.take(1000)), or load it without streaming."
+        )
+    if isinstance(rows, Mapping):
+        raise UserError(
+            f"The training examples are a {type(rows).__name__} of {', '.join(map(str, rows)) or 'nothing'}: choose "
+            "one split, such as rows['train'], or make it a data set with datasets.Dataset.from_dict."
+        )
+    if isinstance(rows, Dataset):
+        columns = rows.column_names
+    elif isinstance(rows, (list, tuple)) and all(isinstance(row, Mapping) for row in rows):
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+    else:
+        raise UserError(
+            f"The training examples are a {type(rows).__name__}: give a datasets.Dataset, or a list of dicts with "
+            "instruction and response."
+        )
+    if not len(rows):
+        raise UserError("There are no training examples: give at least one row of instruction and response.")
+    for column in _OWN:
+        if column not in columns:
+            raise UserError(
+                f"The training examples lack the column '{column}' among {', '.join(map(str, columns))}: give rows of "
+                "instruction and response (dataset.rename_column names a column anew)."
+            )
+    after = [column for column in _AFTER if column in columns]
+    unused = [column for column in columns if column not in (*_OWN, *after)]
+    if unused or len(after) > 1:
+        raise UserError(
+            f"The column '{unused[0] if unused else after[1]}' of the training examples would not be used: join it to "
+            "the instruction, or leave it out (dataset.remove_columns)."
+        )
+
+    def example(row: Mapping[str, Any], number: int) -> dict[str, str]:
+        instruction, response = (_text(row, column, number) for column in _OWN)
+        follows = _text(row, after[0], number, optional=True) if after else ""
+        return {"instruction": f"{instruction}\n\n{follows}" if follows.strip() else instruction, "response": response}
+
+    features = Features({column: Value("string") for column in _OWN})
+    if not isinstance(rows, Dataset):
+        return Dataset.from_list([example(row, i) for i, row in enumerate(rows)], features=features)
+    plain = rows.with_format(None)
+    return plain.map(example, with_indices=True, remove_columns=columns, features=features, desc="reading rows")
+
+
+def _text(row: Mapping[str, Any], column: str, number: int, optional: bool = False) -> str:
+    """A row's text in a column; numbers are written out. `optional`: nothing is an empty text."""
+    value = row.get(column)
+    if value is None or (isinstance(value, Real) and value != value):  # NaN is how pandas says nothing
+        if optional:
+            return ""
+        raise UserError(f"Row {number} (counted from 0) has no {column}: fill it in, or leave the row out.")
+    if isinstance(value, (Real, Decimal)):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(
+            f"The {column} of row {number} (counted from 0) is a {type(value).__name__}, not a text: make it one, or "
+            "leave the row out."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The {column} of row {number} (counted from 0) holds half a character ({error.object[error.start]!a}): "
+            "read its source as UTF-8 again, or leave the row out."
+        ) from None
+    return value
 
 
 def data_hash(examples: Dataset) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from alps_repro.errors import UserError
+from alps_repro.text import positions
+
 BATCH = 16
 
 
@@ -18,11 +21,17 @@ def embed(
     from tqdm.auto import tqdm
 
     out: dict[str, np.ndarray] = {}
+    room = positions(model.config) or float("inf")
     with torch.no_grad():
         for name, own in texts.items():
             points = []
             for i in tqdm(range(0, len(own), BATCH), desc=f"embedding {name}", disable=not progress):
                 batch = tokenizer(list(own[i : i + BATCH]), return_tensors="pt", padding=True).to(model.device)
+                if batch["input_ids"].shape[1] > room:
+                    raise UserError(
+                        f"A text of '{name}' has {batch['input_ids'].shape[1]} tokens, and the model {room:.0f} "
+                        "positions: take shorter texts, or a model with more positions."
+                    )
                 states = model(**batch, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
                 mask = batch["attention_mask"][..., None]
                 points.append(((states * mask).sum(1) / mask.sum(1)).double().cpu().numpy())

@@ -22,6 +22,7 @@ from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.sandbox import run_program, why_not
 from alps_repro.tasks import knowledge
+from alps_repro.text import MAX_LOST
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,8 @@ class Evaluation:
         task also `answer_loglikelihood` (nats, mean over the right answers) and `answer_accuracy` (share of these that
         are what the model would say greedily, token by token); of one that runs code also `stalled` (programs that the
         machine had no time for). samples: {task: one dict per question, by `doc_id`, with prompt, answer and grade}.
-        versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers.
+        versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers. truncated: {task: questions
+        whose prompt was cut from the left, since it did not fit into the model's positions with an answer behind it}.
     """
 
     scores: dict[str, float]
@@ -119,6 +121,7 @@ class Evaluation:
     versions: dict[str, Any]
     shots: dict[str, int]
     hashes: dict[str, str]
+    truncated: dict[str, int] = field(default_factory=dict)
 
 
 @contextmanager
@@ -170,6 +173,18 @@ def check_tasks(tasks: Sequence[str], allow_code: bool, split: str = "test") -> 
             )
 
 
+def check_limit(limit: Any) -> int | None:
+    """A number of questions per task, or None for all; `UserError` for any other (lm-eval would take 0.5 for half)."""
+    if limit is None:
+        return None
+    number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if not number or not 1 <= limit < float("inf") or limit != int(limit):
+        raise UserError(
+            f"The parameter 'limit' is {limit!r}: give a whole number of questions, 1 or more, or leave it out for all."
+        )
+    return int(limit)
+
+
 def evaluate(
     model: str | Path | torch.nn.Module,
     tasks: Sequence[str],
@@ -184,6 +199,7 @@ def evaluate(
     dtype: str | None = None,
     device: str = "auto",
     allow_code: bool = False,
+    max_lost: float = MAX_LOST,
     progress: bool = True,
 ) -> Evaluation:
     """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
@@ -200,10 +216,13 @@ def evaluate(
     device: of `devices.DEVICES`, for a named model.
     allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
         in this process, only generates it.
+    max_lost: share of a task's questions whose prompt may be cut to the model's positions, as lm-eval does it; more of
+        them stop the run before the model is asked, and 1 goes on whatever is cut.
 
     Raises:
         UserError: a task is unknown, needs the network where there is none, or runs code without leave; a loaded model
-            is in another dtype, or elsewhere, than is asked for; a GPU is asked for, or there, and cannot be used.
+            is in another dtype, or elsewhere, than is asked for; a GPU is asked for, or there, and cannot be used; or
+            its prompts do not fit into the model.
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
@@ -212,6 +231,9 @@ def evaluate(
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
     check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
+    limit = check_limit(limit)
+    if batch_size < 1:
+        raise UserError(f"The batch_size {batch_size} asks no question at a time: give 1 or more.")
     if any(_runs_code(task) for task in tasks) and (reason := why_not()):
         raise UserError(reason)
     if isinstance(model, (str, Path)):
@@ -245,6 +267,7 @@ def evaluate(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size=batch_size,
+                max_lost=max_lost,
                 mixed_precision_dtype=None if autocast == "none" else autocast,
                 # Of logits in 8 or 11 bits; their logarithms, summed over an answer, want more.
                 softmax_dtype=None if own_dtype == "float32" else "float32",
@@ -277,7 +300,8 @@ def evaluate(
                 if task in OFFLINE:
                     _add_answers(task, found)
                 elif task in KNOWLEDGE and (summary := KNOWLEDGE[task].summary):
-                    found["results"][task].update(summary(found["samples"][task], lm.tok_encode))
+                    found["results"][task].update(summary(found["samples"][task], lm.tok_text))
+            found["truncated"] = _truncated(lm.truncated, found["samples"])
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -300,6 +324,14 @@ def evaluate(
             os.environ.pop("TQDM_DISABLE")
             if before is not None:
                 os.environ["TQDM_DISABLE"] = before
+    for task, number in found["truncated"].items():
+        if number:
+            asked = len({row["doc_id"] for row in found["samples"][task]})
+            warnings.warn(
+                f"Of the task '{task}', {number} of {asked} prompts were cut from the left: with an answer they do not "
+                f"fit into the model's {lm.max_length} positions.",
+                stacklevel=2,
+            )
     return _evaluation(found, tasks)
 
 
@@ -319,6 +351,12 @@ def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str)
         raise UserError(
             f"The loaded model is not quantized to {quantization}: leave quantization out, or load the model with it."
         )
+
+
+def _truncated(found: dict[str, set[int]], samples: dict[str, Any]) -> dict[str, int]:
+    """How many questions of each task lost a part of their prompt, asked for an answer or for its likelihood."""
+    names = {task: (task, f"{task}_answer") if task in OFFLINE else (task,) for task in samples}
+    return {task: len(set().union(*(found.get(name, ()) for name in own))) for task, own in names.items()}
 
 
 def _configurations(task: str, split: str) -> list[Any]:
@@ -415,6 +453,7 @@ def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
         versions=dict(found["versions"]),
         shots={task: int(n) for task, n in found["n-shot"].items()},
         hashes=hashes,
+        truncated=found["truncated"],
     )
 
 

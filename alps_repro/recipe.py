@@ -16,16 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from alps_repro.adapters import ADAPTERS
 from alps_repro.checkpoints import QUANTIZATIONS
-from alps_repro.data import DATASETS, OFFLINE
+from alps_repro.data import DATASETS, OFFLINE, check_dataset
 from alps_repro.errors import UserError, nearest, one_of
-from alps_repro.evaluation import check_tasks
+from alps_repro.evaluation import check_limit, check_tasks
 from alps_repro.history import FORMER
 from alps_repro.methods import METHODS, SCOPES
 from alps_repro.scores import RESULT, RESULT_METRICS, check_metric
+from alps_repro.text import MAX_LOST
 
 
 class Settings(BaseModel):
@@ -131,6 +132,8 @@ def _settings_in(annotation: Any) -> list[type[Settings]]:
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Limit = Annotated[int | None, BeforeValidator(check_limit)]
+MaxLost = Annotated[float, Field(ge=0, le=1)]
 
 
 class Recipe(Settings):
@@ -147,6 +150,9 @@ class Recipe(Settings):
     batch_size: int = Field(128, gt=0, description="examples per optimizer step, over all processes")
     micro_batch_size: int = Field(16, gt=0, description="examples per forward pass and process (not said)")
     max_length: int = Field(2048, gt=1, description="tokens of prompt and response; longer ones are cut (not said)")
+    max_lost: MaxLost = Field(
+        MAX_LOST, description="share of the examples that may be cut, dropped or empty; above it the run stops"
+    )
     loss_on: Literal["response", "prompt"] = Field(
         "response", description="tokens that count: the response's, or the prompt's too (not said)"
     )
@@ -197,7 +203,7 @@ class FinetuneConfig(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        one_of("data set", self.dataset, DATASETS)
+        check_dataset(self.dataset)
         one_of("method", self.method, METHODS)
         one_of("scope", self.scope, SCOPES)
         one_of("quantization", self.quantization, QUANTIZATIONS)
@@ -228,15 +234,18 @@ class LocalizeConfig(Settings):
     dataset: str | None = Field(None, description="whose examples importance and hifi ask")
     questions: int = Field(64, gt=0, description="of them")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where importance and hifi run a model")
+    max_lost: MaxLost = Field(MAX_LOST, description="share of them that may be cut, dropped or empty")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         # Now rather than when the task model has been made.
+        fields = type(self).model_fields
+        asks = next((name for name in ("questions", "max_lost") if getattr(self, name) != fields[name].default), None)
         if self.metric in RESULT_METRICS:
             if (self.dataset is None) != (self.metric == "scale_norm"):
                 raise ValueError("The metrics importance and hifi ask examples of a `dataset`, and scale_norm none.")
-            if self.metric == "scale_norm" and self.questions != type(self).model_fields["questions"].default:
-                raise ValueError("The metric scale_norm asks no examples: leave questions out.")
+            if self.metric == "scale_norm" and asks:
+                raise ValueError(f"The metric scale_norm asks no examples: leave {asks} out.")
             if self.metric == "scale_norm" and self.device != "auto":
                 raise ValueError("The metric scale_norm is of weights and runs no model: leave device out.")
             if self.head_matrix != RESULT:
@@ -244,7 +253,7 @@ class LocalizeConfig(Settings):
             return self
         if self.device != "auto":
             raise ValueError(f"The metric {self.metric} is of weights and runs no model: leave device out.")
-        if self.dataset is not None or self.questions != type(self).model_fields["questions"].default:
+        if self.dataset is not None or asks:
             raise ValueError(f"The metric {self.metric} is of weights and asks no examples: leave dataset out.")
         check_metric(self.metric, self.head_matrix, self.tau, self.ground)
         return self
@@ -260,7 +269,7 @@ class EvaluateConfig(Settings):
 
     model: str | FinetuneConfig
     tasks: tuple[str, ...] = Field(min_length=1)
-    limit: int | None = Field(None, gt=0, description="questions per task; all of them where none is said")
+    limit: Limit = Field(None, description="questions per task; all of them where none is said")
     batch_size: int = Field(16, gt=0)
     quantization: str = "none"
     template: Literal["none", "alpaca"] = Field(
@@ -277,6 +286,7 @@ class EvaluateConfig(Settings):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
+    max_lost: MaxLost = Field(MAX_LOST, description="share of a task's prompts that may be cut; above it the run stops")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -314,6 +324,7 @@ class ImportanceConfig(Settings):
     batch_size: int = Field(16, gt=0)
     head_matrix: str = "product"
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    max_lost: MaxLost = Field(MAX_LOST, description="share of the questions that may be cut, dropped or empty")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -458,9 +469,10 @@ class Profile(Settings):
     )
     candidates: tuple[str, ...] = Field((), description="offline data sets that the families were chosen from")
     search: tuple[Search, ...] = ()
-    search_limit: int = 200
+    search_limit: int = Field(200, gt=0)
     search_seed: int = Field(90, description="of training in the search, apart from `seeds`")
-    limit: int | None = None
+    limit: Limit = None
+    max_lost: MaxLost | None = Field(None, description="of rows and prompts, in every run; None: what each run has")
     eval_batch_size: int = 16
     autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
     eval_dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -583,6 +595,7 @@ class Profile(Settings):
     def _recipe(self, run: Run) -> Recipe:
         own = self.recipes.get(run.scope, {})
         asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
+        asked["max_lost"] = self.max_lost
         asked = {name: value for name, value in asked.items() if value is not None}
         places = ("default", run.method, f"{run.method}@{run.ratio:g}")
         recipe = self.recipe.model_dump()
@@ -644,7 +657,7 @@ class Profile(Settings):
         if metric in RESULT_METRICS:
             dataset = None if metric == "scale_norm" else run.heads_from
             asked = {"base": run.base, "task_model": run.base if metric == "hifi" else task_model, "dataset": dataset}
-            asked |= {} if dataset is None else {"questions": self.questions, "device": self.device}
+            asked |= {} if dataset is None else {"questions": self.questions, "device": self.device, **self._lost()}
             return LocalizeConfig.check(metric=metric, head_matrix=RESULT, **asked)
         return LocalizeConfig.check(
             base=run.base,
@@ -669,6 +682,7 @@ class Profile(Settings):
             task_model=self.finetuning(task_model),
             head_matrix=self.head_matrix,
             device=self.device,
+            **self._lost(),
         )
 
     def embedding(self) -> EmbedConfig:
@@ -695,7 +709,11 @@ class Profile(Settings):
             device=self.device,
             allow_code=self.allow_code,
             split=split,
+            **self._lost(),
         )
+
+    def _lost(self) -> dict[str, float]:
+        return {} if self.max_lost is None else {"max_lost": self.max_lost}
 
 
 def check_parameters(namespace: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -50,8 +50,8 @@ from alps_repro.records import (
     write_whole,
 )
 from alps_repro.scores import HeadScores, localize
-from alps_repro.selectors import SELECTORS, batches, select_by
-from alps_repro.training import finetune
+from alps_repro.selectors import MAX_LENGTH, SELECTORS, batches, select_by
+from alps_repro.training import finetune, longest
 
 
 def done(config: Config, results: str | Path) -> Record | None:
@@ -232,6 +232,7 @@ def _finetune(
             progress=progress,
         )
         outcome.result = {"heads": tuned.heads, "losses": tuned.losses, "tokens": tuned.tokens, "rank": tuned.rank}
+        outcome.result["rows"] = tuned.rows
         if tuned.validation:
             outcome.result["validation"] = tuned.validation
         if tuned.closed_gates is not None:
@@ -284,7 +285,7 @@ def _localize(
     with _recorded(config, results, task=task) as outcome:
         if config.metric in SELECTORS:
             asked = {"device": config.device}
-            asked |= {} if config.dataset is None else {"dataset": config.dataset, "questions": config.questions}
+            asked |= {} if config.dataset is None else config.model_dump(include={"dataset", "questions", "max_lost"})
             scores = select_by(config.metric, config.base, task, **asked, progress=progress)
         else:
             scores = localize(
@@ -342,6 +343,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             template=config.template,
             allow_code=config.allow_code,
             split=config.split,
+            max_lost=config.max_lost,
             progress=progress,
         )
         samples = results / "samples" / f"{config.name}.jsonl"
@@ -352,6 +354,7 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             "scores": found.scores,
             "metrics": found.results,
             "questions": {task: len({row["doc_id"] for row in rows}) for task, rows in found.samples.items()},
+            "truncated": found.truncated,
             "shots": found.shots,
             "task_versions": found.versions,
             "headline_metric": {task: headline(task) for task in config.tasks},
@@ -444,7 +447,8 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
 
         folder = before[1]
         model, tokenizer = load_model(folder, dtype=torch.float32, device=config.device)
-        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size)
+        fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": config.max_lost}
+        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size, **fit)
         lost = importance(model, asked, progress=progress)
         scores = {
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()

@@ -15,18 +15,35 @@ from alps_repro.heads import HeadLayout
 from alps_repro.hifi import hifi
 from alps_repro.importance import importance
 from alps_repro.scores import RESULT, HeadScores
-from alps_repro.training import Collate, tokenize
+from alps_repro.text import MAX_LOST
+from alps_repro.training import Collate, check_rows, longest, tokenize_and_count
+
+#: Tokens of an example that heads are chosen by, where the model has the positions.
+MAX_LENGTH = 2048
 
 
-def batches(dataset: str, questions: int, tokenizer: Any, size: int = 16) -> tuple[list[dict[str, Any]], str]:
-    """Batches of validation examples, and their hash; of a hub data set, of its first training examples."""
+def batches(
+    dataset: str,
+    questions: int,
+    tokenizer: Any,
+    size: int = 16,
+    *,
+    max_length: int = MAX_LENGTH,
+    max_lost: float = MAX_LOST,
+) -> tuple[list[dict[str, Any]], str]:
+    """Batches of validation examples, and their hash; of a hub data set, of its first training examples.
+
+    max_lost: share of them that may be cut at `max_length` tokens, dropped or empty.
+    """
     from datasets import Dataset
 
     if dataset in OFFLINE:
         examples = Dataset.from_list(offline_splits(dataset)["validation"][:questions])
     else:
         examples = training_examples(dataset, size=questions)
-    rows, collate = list(tokenize(examples, tokenizer, 2048)), Collate(tokenizer.pad_token_id, "response")
+    tokenized, counts = tokenize_and_count(examples, tokenizer, max_length)
+    check_rows(counts, max_lost, "examples that heads are chosen by")
+    rows, collate = list(tokenized), Collate(tokenizer.pad_token_id, "response")
     return [collate(rows[i : i + size]) for i in range(0, len(rows), size)], data_hash(examples)
 
 
@@ -48,6 +65,7 @@ def importance_of(
     *,
     dataset: str,
     questions: int,
+    max_lost: float = MAX_LOST,
     device: str = "auto",
     progress: bool = False,
 ) -> np.ndarray:
@@ -58,7 +76,8 @@ def importance_of(
     import torch
 
     model, tokenizer = load_model(task, dtype=torch.float32, device=device)
-    return importance(model, batches(dataset, questions, tokenizer)[0], progress=progress)
+    fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": max_lost}
+    return importance(model, batches(dataset, questions, tokenizer, **fit)[0], progress=progress)
 
 
 def richness_of(
@@ -67,6 +86,7 @@ def richness_of(
     *,
     dataset: str,
     questions: int,
+    max_lost: float = MAX_LOST,
     device: str = "auto",
     progress: bool = False,
 ) -> np.ndarray:
@@ -74,7 +94,8 @@ def richness_of(
     import torch
 
     model, tokenizer = load_model(base, dtype=torch.float32, device=device)
-    return hifi(model, batches(dataset, questions, tokenizer)[0], progress=progress)
+    fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": max_lost}
+    return hifi(model, batches(dataset, questions, tokenizer, **fit)[0], progress=progress)
 
 
 #: By the names of `scores.RESULT_METRICS`.

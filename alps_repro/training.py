@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,14 @@ from alps_repro.checkpoints import (
     model_hash,
     resolve,
 )
-from alps_repro.data import OFFLINE, PROMPT, data_hash, offline_splits, training_examples
+from alps_repro.data import DATASETS, OFFLINE, PROMPT, data_hash, offline_splits, own_examples, training_examples
 from alps_repro.devices import check_launch, check_products, device, processes
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads import HeadLayout, HeadSelection
 from alps_repro.methods import METHODS, SCOPES
 from alps_repro.recipe import Recipe, check_scope
 from alps_repro.scores import HeadScores
+from alps_repro.text import beginning, encode, positions, said_lost
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,9 @@ class Finetuned:
         step. heads: that were trained; rank: of LoRA and its like. tokens: seen in training, padding left out.
     validation: loss on the validation examples after each epoch, where the recipe has some; the model is that of the
         lowest. closed_gates: of JoLA, {`scale`, `offset`: (closed, all)}.
+    rows: of the training examples how many were `given` and `used`; `cut` at `max_length` tokens, the recipe's or the
+        model's; `dropped`, since the prompt leaves no room for an answer; `empty`, that is without an instruction or a
+        response; and those that spell out `special` tokens. Nothing where nothing was trained.
     """
 
     path: Path
@@ -59,28 +64,75 @@ class Finetuned:
     rank: int | None = None
     validation: tuple[float, ...] = ()
     closed_gates: dict[str, tuple[int, int]] | None = None
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
     """Columns `input_ids` and `prompt_length`: the Alpaca prompt, the response, the end token, cut at `max_length`.
 
-    Prompt and response are tokenized apart, as they are when the model answers. Examples whose prompt leaves no room
-    for an answer are left out.
+    Prompt and response are tokenized apart, as they are when the model answers, and nothing stands between them,
+    whatever the tokenizer appends to a text. Examples whose prompt leaves no room for an answer are left out.
     """
+    return tokenize_and_count(examples, tokenizer, max_length)[0]
+
+
+def tokenize_and_count(examples: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, dict[str, int]]:
+    """What `tokenize` gives, and how much of the examples is in it, as `Finetuned.rows` says it."""
     for column in ("instruction", "response"):
         if column not in examples.column_names:
             raise UserError(f"The training examples lack the column '{column}': give rows of instruction and response.")
+    first = beginning(tokenizer)
+    special = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or r"(?!)")
 
-    def encode(row: dict[str, str]) -> dict[str, Any]:
-        prompt = tokenizer(PROMPT.format(instruction=row["instruction"])).input_ids
-        answer = [*tokenizer(row["response"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        return {"input_ids": (prompt + answer)[:max_length], "prompt_length": len(prompt)}
+    def row_of(row: dict[str, str]) -> dict[str, Any]:
+        instruction, response = row["instruction"], row["response"]
+        prompt = [*first, *encode(tokenizer, PROMPT.format(instruction=instruction))]
+        answer = encode(tokenizer, response)
+        ids = [*prompt, *answer, tokenizer.eos_token_id]
+        dropped = len(prompt) >= max_length
+        return {
+            "input_ids": ids[:max_length],
+            "prompt_length": len(prompt),
+            "cut": not dropped and len(ids) > max_length,
+            "dropped": dropped,
+            "empty": not dropped and not (instruction.strip() and response.strip() and answer),
+            "special": bool(special.search(instruction) or special.search(response)),
+        }
 
-    encoded = examples.map(encode, remove_columns=examples.column_names, desc="tokenizing")
-    kept = encoded.filter(lambda row: row["prompt_length"] < len(row["input_ids"]), desc="dropping overlong prompts")
+    encoded = examples.map(row_of, remove_columns=examples.column_names, desc="tokenizing")
+    counts = {name: sum(encoded[name][:]) for name in ("cut", "dropped", "empty", "special")}
+    kept = encoded.filter(lambda row: not row["dropped"], desc="dropping overlong prompts")
     if not len(kept):
-        raise UserError(f"No example's prompt fits into max_length {max_length}: raise it.")
-    return kept
+        raise UserError(
+            f"No example's prompt fits into max_length {max_length}: raise it, or use a model with more positions."
+        )
+    rows = {"given": len(encoded), "used": len(kept), **counts, "max_length": max_length}
+    return kept.remove_columns(list(counts)), rows
+
+
+def longest(model: torch.nn.Module, asked: int) -> int:
+    """Tokens that a row may have: as many as asked, and no more than the model has positions."""
+    return min(asked, positions(model.config) or asked)
+
+
+def check_rows(rows: dict[str, int], max_lost: float, what: str = "training examples") -> None:
+    """Raise `UserError` where more rows lose text than may; say by a warning which do.
+
+    rows: as `tokenize_and_count` gives them. max_lost: share of them that may be cut, dropped or empty.
+    """
+    said = said_lost(rows)
+    if rows["cut"] + rows["dropped"] + rows["empty"] > max_lost * rows["given"]:
+        raise UserError(
+            f"Too many of the {what} would lose text ({said}), and max_lost allows {max_lost:.3g} of them: choose or "
+            "mend them, raise max_length if the model has the positions, or set max_lost to 1 to go on."
+        )
+    if said:
+        warnings.warn(f"Some of the {what} lose text: {said}.", stacklevel=3)
+    if rows["special"]:
+        warnings.warn(
+            f"{rows['special']} of the {what} spell out special tokens of the tokenizer, which are read as text.",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +296,7 @@ def _short(text: str) -> str:
 
 def finetune(
     base: str | Path,
-    dataset: str | Dataset,
+    dataset: str | Dataset | Sequence[Mapping[str, Any]],
     output: str | Path,
     *,
     method: str = "alps",
@@ -260,8 +312,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model by a method and save it.
 
-    base: the embedded model's name, a checkpoint folder or a hub id. dataset: a name of `data.DATASETS`, or rows of
-        `instruction` and `response`.
+    base: the embedded model's name, a checkpoint folder or a hub id. dataset: a name of `data.DATASETS`, or rows as
+        `data.own_examples` takes them.
     output: folder of the tuned model; must not exist. While training, checkpoints lie in `OUTPUT.checkpoints`; a run
         that was stopped resumes from the last of them.
     method: one of `METHODS`, at `ratio`; `scores` (or a file of them) for those that use a localization. `heads`
@@ -275,7 +327,8 @@ def finetune(
 
     Raises:
         UserError: something asked for is unknown or impossible, `output` exists, or its checkpoints are another run's;
-            a GPU is asked for, or there, and cannot be used; a variable of the environment asks for something else.
+            a GPU is asked for, or there, and cannot be used; a variable of the environment asks for something else;
+            more rows lose text than the recipe's `max_lost` allows.
     """
     recipe = recipe or Recipe()
     output = Path(output)
@@ -285,6 +338,8 @@ def finetune(
     check_scope(scope, quantization, method)
     if output.exists():
         raise UserError(f"'{output}' exists already: remove it or choose another folder for the tuned model.")
+    if not isinstance(dataset, str) or dataset not in DATASETS:
+        dataset = own_examples(dataset)
 
     import torch
     from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
@@ -329,9 +384,12 @@ def finetune(
         dataset = training_examples(dataset, size=size, seed=seed)
     if recipe.data_share < 1:
         dataset = dataset.shuffle(seed=seed).select(range(math.ceil(recipe.data_share * len(dataset))))
-    train_set, sha256 = tokenize(dataset, tokenizer, recipe.max_length), data_hash(dataset)
+    max_length = longest(model, recipe.max_length)
+    (train_set, rows), sha256 = tokenize_and_count(dataset, tokenizer, max_length), data_hash(dataset)
+    check_rows(rows, recipe.max_lost)
     if asked_rows is not None:
-        asked_rows = tokenize(asked_rows, tokenizer, recipe.max_length)
+        asked_rows, counted = tokenize_and_count(asked_rows, tokenizer, max_length)
+        check_rows(counted, recipe.max_lost, "validation examples")
     model.config.use_cache = False
     tuned = trainable(model, heads, scope, adapter=adapter, rank=rank or 0, seed=seed)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
@@ -426,14 +484,14 @@ def finetune(
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
     tokens = int(result.metrics.get("train_num_tokens", 0)) or _tokens(train_set, trainer.state.epoch)
     gates = tuned.base_model.closed_gates() if adapter.startswith("jola") else None
-    return Finetuned(output, losses, chosen, trained, total, tokens, sha256, rank, validation, gates or None)
+    return Finetuned(output, losses, chosen, trained, total, tokens, sha256, rank, validation, gates or None, rows)
 
 
 def _validation(dataset: str | Dataset, recipe: Recipe) -> Dataset | None:
     """Validation examples of an offline data set, as many as the recipe asks for."""
     if recipe.validation is None:
         return None
-    if dataset not in OFFLINE:
+    if not isinstance(dataset, str) or dataset not in OFFLINE:
         raise UserError("Only offline data sets have validation examples: leave 'validation' out, or use one of them.")
     from datasets import Dataset
 

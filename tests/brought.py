@@ -53,7 +53,8 @@ def collected() -> list[tuple[str, str, str]]:
 
     collector = Collector()
     folder = Path(__file__).parent / "inputs"
-    pytest.main(["--collect-only", "-qq", "-m", "brought", "-p", "no:terminal", str(folder)], plugins=[collector])
+    asked = ["--collect-only", "-m", "brought", "-p", "no:terminal", "-o", "addopts=", str(folder)]
+    pytest.main(asked, plugins=[collector])
     return collector.rows
 
 

@@ -151,6 +151,28 @@ def test_finetune_evaluate_table(shell: Shell, models: Path, tmp_path: Path) -> 
     assert state(tmp_path) == before, "once is enough"
 
 
+def test_what_was_lost_is_said(shell: Shell, tmp_path: Path) -> None:
+    """Each time, whether the run is made or was there."""
+    base, results = tiny_checkpoint(tmp_path / "base", max_position_embeddings=128), f"--results={tmp_path}"
+    refused = shell("evaluate", base, "chain_sum", "--limit=4", results)
+    assert (refused.status, refused.out) == (2, "")
+    assert "4 of 4 prompts do not fit into the model's 128 positions" in refused.err
+    asked = [shell("evaluate", base, "chain_sum", "--limit=4", "--max-lost=1", results) for _ in range(2)]
+    assert asked[0].out == asked[1].out
+    assert asked[0].out.splitlines()[1] == "chain_sum: 4 of 4 prompts were cut from the left to fit into the model"
+
+    long = tiny_checkpoint(tmp_path / "long")
+    words = ["finetune", long, "chain_sum", "--method=random", "--scope=heads", *SMALL, "--set=max_length=208", results]
+    tuned = shell(*words)
+    assert (tuned.status, tuned.out) == (2, "")
+    tuned = [shell(*words, "--set=max_lost=1") for _ in range(2)]
+    assert tuned[0].out == tuned[1].out
+    (record,) = [r for r in load_records(tmp_path / "records", "finetune") if r.status == "completed"]
+    rows = record.result["rows"]
+    assert rows["cut"] + rows["dropped"] > 0.05 * rows["given"] == 0.05 * 4
+    assert f"lost: of 4 rows, {rows['cut']} cut at 208 tokens" in tuned[0].out
+
+
 def test_ratio_of_a_method_that_has_none_makes_no_other_run(shell: Shell, models: Path, tmp_path: Path) -> None:
     """ALPS' own full run and one that was asked for by name are the same."""
     results = f"--results={tmp_path}"
@@ -270,6 +292,9 @@ ERRORS = [
     ("evaluate BASE chainsum", "no task 'chainsum': did you mean 'chain_sum'"),
     ("evaluate BASE humaneval", "allow_code"),
     ("evaluate BASE chain_sum --limit=0", "'limit' is 0"),
+    ("evaluate BASE chain_sum --limit=-3", "'limit' is -3"),
+    ("evaluate BASE chain_sum --max-lost=1.5", "'max_lost' is 1.5"),
+    ("finetune BASE rows.jsonl --method=random", "'rows.jsonl' is a file or folder"),
     ("evaluate BASE chain_sum --template=alpacca", "'template' is 'alpacca'"),
     ("evaluate BASE chain_sum --batch-size=0", "'batch_size' is 0"),
     ("table nowhere", "no profile 'nowhere': known are: cpu"),

@@ -212,6 +212,7 @@ IMPOSSIBLE = {
     "task_model": (5, "'task_model"),
     "results": (5, "'results' is 5"),
     "against": (["ful"], "did you mean 'full'"),
+    "max_lost": (2, "'max_lost' is 2"),
     "threshold": (0, "'threshold' is 0"),
 }
 

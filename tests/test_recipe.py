@@ -68,6 +68,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "batch_size": 64,
         "micro_batch_size": 8,
         "max_length": 512,
+        "max_lost": 0.2,
         "loss_on": "prompt",
         "max_grad_norm": 0.5,
         "precision": "float32",
@@ -102,6 +103,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "dataset": {"dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
         "questions": {"questions": 8, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
         "device": {"device": "cpu", "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
+        "max_lost": {"max_lost": 0.2, "dataset": "gcd", "metric": "hifi", "head_matrix": "result"},
     },
     EvaluateConfig: {
         "model": FinetuneConfig(**FULL),
@@ -115,6 +117,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "dtype": "bfloat16",
         "device": "cpu",
         "allow_code": True,
+        "max_lost": 0.2,
     },
     RecallConfig: {
         "base": "other",
@@ -130,6 +133,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "batch_size": 8,
         "head_matrix": "concat",
         "device": "cpu",
+        "max_lost": 0.2,
     },
     EmbedConfig: {
         "base": "other",
@@ -286,6 +290,8 @@ def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     (lambda: EvaluateConfig.check(model="m", tasks=("chainsum",)), "did you mean 'chain_sum'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("humaneval",)), "allow_code"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), limit=0), "'limit' is 0"),
+    (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), max_lost=-0.1), "'max_lost' is -0.1"),
+    (lambda: LocalizeConfig.check(base="m", task_model="t", max_lost=0.5), "asks no examples"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), template="alpacca"), "'template' is 'alpacca'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), quantization="3bit"), "quantization '3bit'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), split="train"), "'split' is 'train'"),
