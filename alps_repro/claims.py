@@ -1,7 +1,8 @@
-"""The paper's claims and the tests that decide them, written down before anything was run.
+"""The paper's claims and the tests that decide them. What each compares was written down before anything was run.
 
 Every claim is a difference between two rows of a table, paired over questions and training seeds. Its interval counts
-both as drawn: other questions, and other seeds, would have given other numbers.
+both as drawn: other questions, and other seeds, would have given other numbers. How it is computed was changed after
+the runs: the variance of the seeds is now always counted.
 """
 
 from __future__ import annotations
