@@ -642,7 +642,8 @@ missing</li>
 {% else %}
 <p>Of {{ claims.total }} tests, {{ claims.verdicts["holds"] }} hold, {{ claims.verdicts["fails"] }} fail, and
 {{ claims.verdicts["undecided"] }} are undecided
-{%- if claims.verdicts["no verdict"] %}; {{ claims.verdicts["no verdict"] }} have no verdict{% endif %}. What each compares was written down before the runs that it judges.</p>
+{%- if claims.verdicts["no verdict"] %}; {{ claims.verdicts["no verdict"] }} have no verdict{% endif %}.
+What each compares was written down before the runs that it judges.</p>
 <div class="box"><table class="claims">
 <thead><tr><th>claim and test</th><th>here</th>
 {% for column in claims.columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
