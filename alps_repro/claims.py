@@ -1,7 +1,8 @@
-"""The paper's claims and the tests that decide them, written down before anything was run.
+"""The paper's claims and the tests that decide them. What each compares was written down before anything was run.
 
 Every claim is a difference between two rows of a table, paired over questions and training seeds. Its interval counts
-both as drawn: other questions, and other seeds, would have given other numbers.
+both as drawn: other questions, and other seeds, would have given other numbers. How it is computed was changed after
+the runs: the variance of the seeds is now always counted.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ COLUMNS = [
     *["claim", "says", "measure", "unit", "test", "effect", "ci_low", "ci_high", "detectable", "seeds", "questions"],
     "verdict",
 ]
+
+#: What a test can say, the worst first. One training seed says nothing of others, and so decides nothing.
+NO_VERDICT = "no verdict"
+VERDICTS = ("fails", NO_VERDICT, "undecided", "holds")
 
 #: What counts as nothing: an advantage that the interval excludes to be this large does not hold.
 MARGINS = {"accuracy": 1.0, "log_likelihood": 0.02, "loss": 0.01, "time": 0.02}
@@ -144,48 +149,60 @@ def effect(blocks: Sequence[Block]) -> Effect:
     """The mean over blocks of their mean differences, with seeds and questions as random.
 
     A block's differences are d_ij = m + s_i + q_j + e_ij, of seed i and question j. Blocks may share s_i (of one
-    model) and q_j (of one task). The mean's variance is the sum over tasks of that of its means by question, and over
-    models of that of its means by seed, less what of the latter is the rest's (the mean square of e_ij) and thereby in
-    the former already; not below zero. For one block these are the mean squares of the two-way table:
-    (MS_questions + MS_seeds - MS_rest) / (seeds · questions). Degrees of freedom by Satterthwaite. One seed: questions
-    alone.
+    model) and q_j (of one task). The mean's variance has two parts. That of the seeds, from a model's means by seed,
+    holds a share of the rest (e_ij) too, and so is never counted as less than that share. That of the questions, from
+    a task's means by question, is counted without it. For one block these are, of the mean squares of the two-way
+    table, max(MS_seeds, MS_rest) and max(MS_questions - MS_rest, 0), over seeds · questions. Each part takes the t
+    quantile of its own degrees of freedom, and half the width of the interval is the root of the sum of their squares,
+    so that it covers at least 95 % (S. K. Banerjee, Sankhyā 22, 1960): many questions do not make three seeds say
+    more. A block of one seed: over questions alone.
     """
-    from scipy.stats import t
-
     count = len(blocks)
     mean = float(np.mean([block.values.mean() for block in blocks]))
     of_questions: dict[tuple[str, int], Any] = {}  # what each question of a task adds to the mean
     of_seeds: dict[str, dict[int, float]] = {}  # what each seed of a model does
-    of_rest: dict[str, list[tuple[float, int]]] = {}  # a model's rest, as parts of the variance with their degrees
+    of_rest: dict[str, float] = {}  # what a model's rest adds to the variance
+    fewest: dict[str, int] = {}  # seeds of any of a model's blocks
     for block in blocks:
         (seeds, questions), own = block.values.shape, block.values - block.values.mean()
         lines, columns = own.mean(1), own.mean(0)
         place = block.task, questions
         of_questions[place] = of_questions.get(place, 0.0) + columns / (count * questions)
+        fewest[block.model] = min(seeds, fewest.get(block.model, seeds))
         if seeds > 1:
             drawn = of_seeds.setdefault(block.model, {})
-            for seed, line in zip(block.seeds, lines):
-                drawn[seed] = drawn.get(seed, 0.0) + line / (count * seeds)
-            degrees = (seeds - 1) * max(questions - 1, 1)
-            square = ((own - lines[:, None] - columns) ** 2).sum() / degrees
-            of_rest.setdefault(block.model, []).append((square / (block.values.size * count**2), degrees))
+            for seed, line in zip(block.seeds, lines / (count * math.sqrt(seeds * (seeds - 1)))):
+                drawn[seed] = drawn.get(seed, 0.0) + line
+            square = ((own - lines[:, None] - columns) ** 2).sum() / ((seeds - 1) * max(questions - 1, 1))
+            of_rest[block.model] = of_rest.get(block.model, 0.0) + square / (block.values.size * count**2)
 
-    def part(drawn: np.ndarray) -> tuple[float, int]:
-        degrees = max(len(drawn) - 1, 1)
-        return float((drawn**2).sum()) * len(drawn) / degrees, degrees
+    asked = []
+    for columns in of_questions.values():
+        degrees = max(len(columns) - 1, 1)
+        asked.append((float((columns**2).sum()) * len(columns) / degrees, degrees))
+    parts = [_pooled(asked)]
+    if min(fewest.values()) > 1:
+        variance, of_asked = parts[0]
+        trained = [
+            (max(sum(line**2 for line in drawn.values()), of_rest[model]), fewest[model] - 1)
+            for model, drawn in of_seeds.items()
+        ]
+        parts = [(max(variance - sum(of_rest.values()), 0.0), of_asked), _pooled(trained)]
+    reach = _reach(parts, 0.975)
+    return Effect(mean, mean - reach, mean + reach, reach + _reach(parts, 0.8))
 
-    parts = [part(drawn) for drawn in of_questions.values()]
-    for model, drawn in of_seeds.items():
-        trained, rest = part(np.array(list(drawn.values()))), of_rest[model]
-        if trained[0] > sum(own for own, _ in rest):
-            parts += [trained, *((-own, degrees) for own, degrees in rest)]
+
+def _pooled(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """The sum of independent variances, and its degrees of freedom by Satterthwaite."""
     variance = sum(own for own, _ in parts)
-    if variance == 0:
-        return Effect(mean, mean, mean, 0.0)
-    error = math.sqrt(variance)
-    degrees = variance**2 / sum(own**2 / degrees for own, degrees in parts)
-    reach = float(t.ppf(0.975, degrees))
-    return Effect(mean, mean - reach * error, mean + reach * error, (reach + float(t.ppf(0.8, degrees))) * error)
+    return variance, variance**2 / sum(own**2 / degrees for own, degrees in parts) if variance else 1.0
+
+
+def _reach(parts: Sequence[tuple[float, float]], share: float) -> float:
+    """How far a mean's quantile lies from it, of variances with their degrees of freedom."""
+    from scipy.special import stdtrit
+
+    return math.sqrt(sum(float(stdtrit(degrees, share)) ** 2 * variance for variance, degrees in parts))
 
 
 def values(record: Record, task: str, measure: str) -> np.ndarray | None:
@@ -242,22 +259,31 @@ def differences(profile: Profile, table: str, row: str, other: str, measure: str
 
 
 def verdict(found: Effect, margin: float) -> str:
-    """holds: the interval lies above zero. fails: it leaves no room for an advantage of `margin`. Else undecided."""
+    """holds: the interval lies above zero. fails: it leaves no room for an advantage of `margin`. Else undecided.
+
+    For one claim: nothing is corrected for the number of claims.
+    """
     return "holds" if found.low > 0 else "fails" if found.high < margin else "undecided"
 
 
-def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, Effect, list[Block]]]:
+def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, str, Effect, list[Block]]]:
+    """The verdict against each of the others, with that other, the effect and what it is of."""
     for other in claim.others:
         if blocks := differences(profile, claim.table, claim.row, other, measure):
-            yield other, effect(blocks), blocks
+            found = effect(blocks)
+            yield verdict(found, MARGINS[measure]) if _seeds(blocks) > 1 else NO_VERDICT, other, found, blocks
+
+
+def _seeds(blocks: Sequence[Block]) -> int:
+    return min(len(block.seeds) for block in blocks)
 
 
 def decided(profile: Profile) -> pd.DataFrame:
     """A row per claim and measure that the records say anything of.
 
-    Columns: `COLUMNS`. Where a
-    claim has several others, the row shows the one that it comes off worst against, and holds if it holds for all.
-    Whether a step is cheaper stands beside Table 1, from a benchmark, whose rounds are no seeds.
+    Columns: `COLUMNS`. Where a claim has several others, the row shows the one that it comes off worst against, and
+    holds if it holds for all. One training seed: the interval is over questions alone, and there is no verdict (and no
+    `detectable`). Whether a step is cheaper stands beside Table 1, from a benchmark, whose rounds are no seeds.
     """
     import pandas as pd
 
@@ -269,16 +295,16 @@ def decided(profile: Profile) -> pd.DataFrame:
             found = list(_against_each(profile, claim, measure))
             if not found:
                 continue
-            other, worst, blocks = min(found, key=lambda one: one[1].mean)
-            margin = MARGINS[measure]
-            verdicts = {verdict(one, margin) for _, one, _ in found}
-            whole = "fails" if "fails" in verdicts else "undecided" if "undecided" in verdicts else "holds"
+            whole, other, worst, blocks = min(found, key=lambda one: (VERDICTS.index(one[0]), one[2].mean))
+            one_seed = whole == NO_VERDICT
             if len(found) < len(claim.others) and whole == "holds":
                 whole = "undecided"  # not against all of them yet
-            test = f"{claim.row} - {other} in {claim.table}, paired over seeds and questions"
+            test = f"{claim.row} - {other} in {claim.table}, paired over {'' if one_seed else 'seeds and '}questions"
+            if one_seed:
+                test += "; one training seed, so that the interval is over questions alone"
             if len(claim.others) > 1:
                 test += f"; the worst of {len(found)} comparisons, which all have to hold"
-            if missing := sorted({*claim.others} - {name for name, _, _ in found}, key=claim.others.index):
+            if missing := sorted({*claim.others} - {name for _, name, _, _ in found}, key=claim.others.index):
                 test += f"; not measured yet: {', '.join(missing)}"
             rows.append(
                 {
@@ -290,8 +316,8 @@ def decided(profile: Profile) -> pd.DataFrame:
                     "effect": worst.mean,
                     "ci_low": worst.low,
                     "ci_high": worst.high,
-                    "detectable": worst.detectable,
-                    "seeds": min(len(block.seeds) for block in blocks),
+                    "detectable": math.nan if one_seed else worst.detectable,
+                    "seeds": _seeds(blocks),
                     "questions": sum({block.task: block.values.shape[1] for block in blocks}.values()),
                     "verdict": whole,
                 }
@@ -317,10 +343,11 @@ def _time() -> list[dict[str, Any]]:
         ("trains_cheaper_heads", "alps_heads", "a step of alps alone takes less time than one of full fine-tuning"),
     ):
         saved = 1 - seconds(rounds[own]) / seconds(rounds["full_answer_only"])
-        mean, error = float(saved.mean()), float(sem(saved))
-        reach = float(t.ppf(0.975, len(saved) - 1))
-        power = float(t.ppf(0.8, len(saved) - 1))
-        found = Effect(mean, mean - reach * error, mean + reach * error, (reach + power) * error)
+        mean, half, power = float(saved.mean()), math.nan, math.nan
+        if len(saved) > 1:
+            error, degrees = float(sem(saved)), len(saved) - 1
+            half, power = float(t.ppf(0.975, degrees)) * error, float(t.ppf(0.8, degrees)) * error
+        found = Effect(mean, mean - half, mean + half, half + power)
         rows.append(
             {
                 "claim": claim,
@@ -335,7 +362,7 @@ def _time() -> list[dict[str, Any]]:
                 "detectable": found.detectable,
                 "seeds": pd.NA,
                 "questions": pd.NA,
-                "verdict": verdict(found, MARGINS["time"]),
+                "verdict": verdict(found, MARGINS["time"]) if len(saved) > 1 else NO_VERDICT,
             }
         )
     return rows
@@ -346,18 +373,38 @@ def to_read(claims: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     digits = {"accuracy": 1, "log_likelihood": 3, "loss": 4, "time": 2}
+
+    def interval(row: Any) -> str:
+        if pd.isna(row.ci_low):
+            return "–"
+        places = digits[row.measure]
+        over = " (questions alone)" if row.verdict == NO_VERDICT else ""
+        return f"{row.ci_low:+.{places}f} to {row.ci_high:+.{places}f}{over}"
+
     shown = [
         {
             "claim": row.says,
             "effect": f"{row.effect:+.{digits[row.measure]}f} {row.unit}",
-            "95 % interval": f"{row.ci_low:+.{digits[row.measure]}f} to {row.ci_high:+.{digits[row.measure]}f}",
-            "could have seen": f"{row.detectable:.{digits[row.measure]}f}",
+            "95 % interval": interval(row),
+            "could have seen": "–" if pd.isna(row.detectable) else f"{row.detectable:.{digits[row.measure]}f}",
             "seeds": "–" if pd.isna(row.seeds) else row.seeds,
             "here": row.verdict,
         }
         for row in claims.itertuples()
     ]
     return pd.DataFrame(shown)
+
+
+def note(claims: pd.DataFrame) -> str:
+    """What the intervals of the claims are over, and what their verdicts are not, in a sentence each."""
+    told = []
+    if (claims["seeds"] > 1).any():
+        told.append("Intervals are over training seeds and questions, and always count the variance of the seeds.")
+    if (claims["seeds"] == 1).any():
+        told.append("One training seed decides nothing: its intervals are over questions alone, without a verdict.")
+    tests = (claims["verdict"] != NO_VERDICT).sum()
+    told.append(f"Each verdict is of its own test: none is corrected for their number, which is {tests} here.")
+    return " ".join(told)
 
 
 def write_claims(profile: Profile) -> list[Path]:
@@ -370,7 +417,7 @@ def write_claims(profile: Profile) -> list[Path]:
         claims = decided(profile)
         texts = {
             "claims.csv": claims.to_csv(index=False, lineterminator="\n"),
-            "claims.md": to_read(claims).to_markdown(index=False, disable_numparse=True) + "\n",
+            "claims.md": f"{to_read(claims).to_markdown(index=False, disable_numparse=True)}\n\n{note(claims)}\n",
         }
     except UserError as reason:
         texts = {"claims.csv": ",".join(COLUMNS) + "\n", "claims.md": f"{reason}\n"}

@@ -641,7 +641,9 @@ missing</li>
 <p class="notice">{{ claims.why_not }}</p>
 {% else %}
 <p>Of {{ claims.total }} tests, {{ claims.verdicts["holds"] }} hold, {{ claims.verdicts["fails"] }} fail, and
-{{ claims.verdicts["undecided"] }} are undecided. Each was written down before the runs that it judges.</p>
+{{ claims.verdicts["undecided"] }} are undecided
+{%- if claims.verdicts["no verdict"] %}; {{ claims.verdicts["no verdict"] }} have no verdict{% endif %}.
+What each compares was written down before the runs that it judges.</p>
 <div class="box"><table class="claims">
 <thead><tr><th>claim and test</th><th>here</th>
 {% for column in claims.columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
@@ -655,7 +657,7 @@ missing</li>
 <small>{% if group.table %}<a href="#{{ group.table }}">{{ row.test }}</a>{% else %}{{ row.test }}{% endif %}</small>
 {%- endif -%}
 </td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td>
+<td class="{{ row.verdict | replace(" ", "-") }}">{{ row.verdict }}</td>
 {% for column in claims.columns %}<td>{{ row.read[column] }}</td>{% endfor %}
 </tr>
 {% endfor %}
@@ -666,13 +668,15 @@ missing</li>
 <p><b>Not tested yet:</b> {{ claims.untested | join("; ") }}.</p>
 {% endif %}
 <p>A claim is a difference between two rows of a table, paired over questions and training seeds. Its 95 % interval
-takes both as drawn: other questions, and other seeds, would have given other numbers. <i>Could have seen</i> is the
+takes both as drawn: other questions, and other seeds, would have given other numbers. The variance of the seeds is
+always counted, however close together they happen to lie. One training seed decides nothing: there the interval is over
+questions alone, without a verdict. <i>Could have seen</i> is the
 smallest true effect that this design shows in four of five tries. A claim <b class="holds">holds</b> where the interval
 lies above zero, and <b class="fails">fails</b> where it leaves no room for an advantage worth the name
 ({{ claims.margins }}, in the units above); else it is <b class="undecided">undecided</b>: these runs cannot tell.
 Accuracies are compared in points; beside them the log-likelihood of the right answers, which moves before an answer
-changes. A claim with several rivals has to hold against each. The intervals are not corrected for the number of
-claims.</p>
+changes. A claim with several rivals has to hold against each. Each verdict is of its own test: nothing is
+corrected for the number of tests.</p>
 {% endif %}
 
 {% if small %}
@@ -928,7 +932,7 @@ tr:target { background: var(--panel); }
 .holds { color: var(--good); }
 .fails { color: var(--bad); }
 td.holds, td.fails { font-weight: 600; }
-.undecided { color: var(--quiet); }
+.undecided, .no-verdict { color: var(--quiet); }
 figure { margin: 1.5rem 0; }
 figure img { max-width: max(100%, 30rem); height: auto; background: #fff; }
 dl { font-size: .95rem; display: grid; grid-template-columns: minmax(7rem, auto) 1fr; gap: .2rem 1rem; }

@@ -221,15 +221,19 @@ def paper_table(profile: Profile, table: str) -> pd.DataFrame:
     # One number a seed: the mean over a column's tasks, or over the families whose models were asked the same.
     seeds = one.agg(value=("value", "mean"), log_likelihood=("log_likelihood", _whole_mean), loss=("loss", "first"))
     # The same questions say nothing new when they are asked again, least of all of the same model: they count once.
-    asked = found.drop_duplicates([*each, "task"]).groupby(each, sort=False, dropna=False)["questions"].sum()
-    seeds = seeds.join(asked).join(one["record"].unique()).reset_index()
+    asked = found.groupby([*each, "task"], sort=False, dropna=False).agg(
+        value=("value", "mean"), loss=("loss", "first"), questions=("questions", "first")
+    )
+    asked["half"] = [_over_questions(task.value, task.questions, task.loss) for task in asked.itertuples()]
+    halves = asked.groupby(each, sort=False, dropna=False)["half"].agg(_half_of_mean)
+    seeds = seeds.join(halves).join(one["record"].unique()).reset_index()
     full = seeds[~seeds["loss"]].groupby(["model", "row", "seed"], sort=False, dropna=False)
     if not TABLES[table].by_family or found["family"].nunique() > 1:
         columns = found.loc[~found["loss"], "column"].nunique()
         average = full.agg(
             value=("value", "mean"),
             log_likelihood=("log_likelihood", _whole_mean),
-            questions=("questions", "sum"),
+            half=("half", _half_of_mean),
             parts=("column", "nunique"),
         )
         average = average[average["parts"] == columns].drop(columns="parts").reset_index()  # nothing is left out of it
@@ -249,6 +253,22 @@ def _whole_mean(values: pd.Series) -> float:
     return values.mean(skipna=False)
 
 
+def _over_questions(value: float, questions: float | None, loss: bool) -> float:
+    """Half the width of Wilson's interval of a percentage; NaN of a loss, and where questions were not counted."""
+    if loss or not questions or math.isnan(questions):
+        return math.nan
+    low, high = interval(value / 100, int(questions))
+    return 50 * (high - low)
+
+
+def _half_of_mean(halves: Sequence[float]) -> float:
+    """Half the width of the interval of a mean of independent scores, from theirs: variances add up.
+
+    However many questions each has: a task of few is as large a part of the mean as one of many.
+    """
+    return math.sqrt(sum(half**2 for half in halves)) / len(halves)
+
+
 def lower_is_better(task: str) -> bool:
     """Whether a task's score is a loss."""
     return task in KNOWLEDGE and not KNOWLEDGE[task].higher_is_better
@@ -260,13 +280,12 @@ def digits(column: str) -> int:
 
 
 def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
-    values, questions, likelihoods = list(seeds["value"]), seeds["questions"].sum(), list(seeds["log_likelihood"])
-    half, spread = math.nan, ""
+    values, likelihoods = list(seeds["value"]), list(seeds["log_likelihood"])
     if len(values) > 1:
         half, spread = over_seeds(values), "seeds"
-    elif not seeds["loss"].iloc[0] and questions:
-        low, high = interval(values[0] / 100, int(questions))
-        half, spread = 50 * (high - low), "questions"
+    else:
+        half = float(seeds["half"].iloc[0])
+        spread = "" if math.isnan(half) else "questions"
     return {
         **dict(zip(("model", "row", "column"), key)),
         "mean": sum(values) / len(values),

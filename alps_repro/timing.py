@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,8 @@ def training_time() -> pd.DataFrame:
     """Table 11: what a training step takes, and as a share of full fine-tuning's in the same round.
 
     Columns: variant, trains (words), trained_parameters, seconds (median of all steps), low, high (their range),
-    share, share_low, share_high (mean over rounds, with its 95 % interval by Student's t), peak_bytes (above the
-    interpreter, median of the rounds), rounds.
+    share, share_low, share_high (mean over rounds, with its 95 % interval by Student's t; NaN of one round), peak_bytes
+    (above the interpreter, median of the rounds), rounds.
     """
     import pandas as pd
     from scipy.stats import sem, t
@@ -54,7 +55,9 @@ def training_time() -> pd.DataFrame:
         rounds = found["rounds"][name]
         own, steps = seconds(rounds), [step for one in rounds for step in one["seconds"]]
         share = own / full
-        half = float(t.ppf(0.975, len(own) - 1) * sem(share)) if len(own) > 1 and name != FULL else 0.0
+        half = 0.0 if name == FULL else math.nan  # one round says nothing of others
+        if len(own) > 1 and name != FULL:
+            half = float(t.ppf(0.975, len(own) - 1) * sem(share))
         rows.append(
             {
                 "variant": name,
@@ -83,15 +86,18 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
     """Table 11 with a reader's columns."""
     import pandas as pd
 
+    def of_full(row: Any) -> str:
+        if row.variant == FULL:
+            return "1"
+        spread = "" if pd.isna(row.share_low) else f" ({row.share_low:.2f} to {row.share_high:.2f})"
+        return f"{row.share:.2f}{spread}"
+
     return pd.DataFrame(
         {
             "what is trained": table["trains"],
             "trained parameters": [f"{n:,}" for n in table["trained_parameters"]],
             "a step, s": [f"{row.seconds:.2f} ({row.low:.2f} to {row.high:.2f})" for row in table.itertuples()],
-            "of full": [
-                "1" if row.variant == FULL else f"{row.share:.2f} ({row.share_low:.2f} to {row.share_high:.2f})"
-                for row in table.itertuples()
-            ],
+            "of full": [of_full(row) for row in table.itertuples()],
             "memory, GB": [f"{n / 1e9:.2f}" for n in table["peak_bytes"]],
         }
     )

@@ -121,6 +121,22 @@ def test_average_is_there_where_all_its_parts_are(tmp_path: Path) -> None:
     assert list(table.loc[table["row"] == "alps", "column"]) == ["chain_sum", "gcd", "avg"]
 
 
+def test_average_over_questions_is_as_sure_as_its_parts(tmp_path: Path) -> None:
+    """A task of few questions is as large a part of the average as one of many, which do not make up for it."""
+    profile = small_profile(tmp_path, seeds=[0], families=TWO_FAMILIES)
+    few, many = right_answers(by_method, questions=20), right_answers(by_method, questions=2000)
+    measure(profile, lambda cell, task: (few if task == "gcd" else many)(cell, task))
+    table = paper_table(profile, "table1")
+    for row in ("vanilla", "alps"):
+        parts = [entry(table, row, task) for task in ("chain_sum", "gcd")]
+        halves = [wilson(part["mean"] / 100, asked) for part, asked in zip(parts, (2000, 20))]
+        assert [part["half_width"] for part in parts] == pytest.approx(halves)
+        average = entry(table, row, "avg")
+        assert average["spread"] == "questions"
+        assert average["half_width"] == pytest.approx(math.hypot(*halves) / 2)
+        assert average["half_width"] > 3 * wilson(average["mean"] / 100, 2020)
+
+
 def test_one_column_has_no_average(tmp_path: Path) -> None:
     profile = small_profile(tmp_path)
     measure(profile, right_answers(by_method))

@@ -200,6 +200,10 @@ def test_claims_come_with_their_tests(report: Path, pages: dict[Path, Page]) -> 
     assert "alps - full in table1, paired over seeds and questions" in text
     assert re.search(r"Of \d+ tests, \d+ hold, \d+ fail, and \d+ are undecided", text)
     assert "Not tested yet: alps beats random heads" in text
+    # Of Table 4 there is one seed.
+    assert re.search(r"are undecided; [1-9]\d* have no verdict", text)
+    assert "alps - full in table4, paired over questions; one training seed" in text
+    assert '<td class="no-verdict">no verdict</td>' in (report / "index.html").read_text()
 
 
 def test_small_models_are_put_in_their_place(profile: Profile, report: Path, pages: dict[Path, Page]) -> None:

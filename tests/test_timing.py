@@ -49,6 +49,16 @@ def test_shares_are_of_the_same_round(measured: Path) -> None:
     )
 
 
+def test_one_round_has_no_interval(measured: Path) -> None:
+    found = json.loads(measured.read_text())
+    found["rounds"] = {name: own[:1] for name, own in found["rounds"].items()}
+    measured.write_text(json.dumps(found))
+    times = timing.training_time()
+    own = times.set_index("variant").loc["own"]
+    assert own[["share_low", "share_high"]].isna().all()
+    assert list(timing.to_read(times)["of full"]) == ["1", f"{own['share']:.2f}"]
+
+
 def test_the_paper_s_shares() -> None:
     """2.02 and 0.40 hours, 4.40 and 1.05, 7.67 and 2.18."""
     assert list(timing.paper_shares()) == pytest.approx([0.40 / 2.02, 1.05 / 4.40, 2.18 / 7.67])
