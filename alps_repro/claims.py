@@ -226,7 +226,10 @@ def values(record: Record, task: str, measure: str) -> np.ndarray | None:
     return None
 
 
-def _grid(profile: Profile, table: str) -> dict[tuple[str, str, int | None], tuple[Cell, Record]]:
+Grid = dict[tuple[str, str, int | None], tuple[Cell, Record]]  # by row, place and seed
+
+
+def _grid(profile: Profile, table: str) -> Grid:
     found = recorded_cells(profile, table)
     return {(cell.row, f"{cell.base}/{cell.family}", cell.seed): (cell, record) for cell, record in found}
 
@@ -236,7 +239,10 @@ def differences(profile: Profile, table: str, row: str, other: str, measure: str
 
     Only seeds that both rows have are taken; a row that trains nothing stands for every seed.
     """
-    grid = _grid(profile, table)
+    return _paired(_grid(profile, table), row, other, measure)
+
+
+def _paired(grid: Grid, row: str, other: str, measure: str) -> list[Block]:
     blocks: list[Block] = []
     for place in dict.fromkeys(place for _, place, _ in grid):
         own, others = (
@@ -266,10 +272,10 @@ def verdict(found: Effect, margin: float) -> str:
     return "holds" if found.low > 0 else "fails" if found.high < margin else "undecided"
 
 
-def _against_each(profile: Profile, claim: Claim, measure: str) -> Iterator[tuple[str, str, Effect, list[Block]]]:
+def _against_each(grid: Grid, claim: Claim, measure: str) -> Iterator[tuple[str, str, Effect, list[Block]]]:
     """The verdict against each of the others, with that other, the effect and what it is of."""
     for other in claim.others:
-        if blocks := differences(profile, claim.table, claim.row, other, measure):
+        if blocks := _paired(grid, claim.row, other, measure):
             found = effect(blocks)
             yield verdict(found, MARGINS[measure]) if _seeds(blocks) > 1 else NO_VERDICT, other, found, blocks
 
@@ -288,11 +294,11 @@ def decided(profile: Profile) -> pd.DataFrame:
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for name, claim in CLAIMS.items():
-        if claim.table not in profile.tables:
-            continue
+    own = {name: claim for name, claim in CLAIMS.items() if claim.table in profile.tables}
+    grids = {table: _grid(profile, table) for table in dict.fromkeys(claim.table for claim in own.values())}
+    for name, claim in own.items():
         for measure in claim.measures:
-            found = list(_against_each(profile, claim, measure))
+            found = list(_against_each(grids[claim.table], claim, measure))
             if not found:
                 continue
             whole, other, worst, blocks = min(found, key=lambda one: (VERDICTS.index(one[0]), one[2].mean))
