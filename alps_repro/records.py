@@ -238,8 +238,8 @@ def _broken(record: Record, setting: str, made: Record) -> list[str]:
         role = "evaluated" if setting == "model" else "task"
         pairs.append((f"the {role} model", own.get(role), theirs.get("tuned", theirs.get("base"))))
     pairs.append(("the base model", own.get("base"), theirs.get("base")))
-    if setting == "localization":
-        pairs.append(("the head scores", record.provenance.data_sha256.get(SCORES), scores_hash(made.result)))
+    if setting == "localization" and (scores := record.provenance.data_sha256.get(SCORES)):
+        pairs.append(("the head scores", scores, scores_hash(made.result)))
     return [
         f"{what} is not the one of the record {made.kind}-{made.name}"
         for what, a, b in pairs

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from synthetic import small_profile
+from synthetic import save, small_profile
 
 from alps_repro.plan import Runs, needed
 from alps_repro.recipe import Profile
 from alps_repro.records import record_path
 from alps_repro.reproduce import remove_models
-
-
-def finish(profile: Profile, kind: str, name: str) -> None:
-    path = record_path(Path(profile.results) / "records", kind, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
 
 
 def train(profile: Profile, runs: Runs) -> dict[str, Path]:
@@ -24,7 +18,7 @@ def train(profile: Profile, runs: Runs) -> dict[str, Path]:
     for name, path in models.items():
         path.mkdir(parents=True)
         (path / "weights").touch()
-        finish(profile, "finetune", name)
+        save(profile, runs.finetunings[name], {})
     return models
 
 
@@ -34,15 +28,15 @@ def test_model_stays_until_all_that_needs_it_is_recorded(tmp_path: Path) -> None
     models = train(profile, runs)
     assert remove_models(profile) == []
     task_model = profile.importance().task_model.name
-    for name, config in runs.evaluations.items():
-        finish(profile, "evaluate", name)
+    for config in runs.evaluations.values():
+        save(profile, config, {})
         own = None if isinstance(config.model, str) else config.model.name
         assert remove_models(profile) == ([models[own]] if own else [])
     # Heads are localized on the task model, and each of them is silenced there.
-    (localization,) = runs.localizations
-    finish(profile, "localize", localization)
+    (localization,) = runs.localizations.values()
+    save(profile, localization, {})
     assert remove_models(profile) == []
-    finish(profile, "importance", profile.importance().name)
+    save(profile, profile.importance(), {})
     assert remove_models(profile) == [models[task_model]]
     assert not any(path.exists() for path in models.values())
 
@@ -52,11 +46,11 @@ def test_model_without_a_record_is_left(tmp_path: Path) -> None:
     profile = small_profile(tmp_path, seeds=[0], methods=["random"])
     (path,) = train(profile, needed(profile)).values()
     record_path(tmp_path / "records", "finetune", path.name).unlink()
-    for name in needed(profile).evaluations:
-        finish(profile, "evaluate", name)
+    for config in needed(profile).evaluations.values():
+        save(profile, config, {})
     beside = path.with_name("another")
     beside.mkdir()
     assert remove_models(profile) == []
-    finish(profile, "finetune", path.name)
+    save(profile, needed(profile).finetunings[path.name], {})
     assert remove_models(profile) == [path]
     assert beside.exists(), "what is no run of the profile is nobody's to remove"

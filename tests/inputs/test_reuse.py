@@ -372,19 +372,15 @@ def test_a_former_default_is_what_counts_and_what_names_leave_out(monkeypatch: p
     path = next((CHECKOUT / "results/cpu/records").glob("evaluate-*-alps-*"))
     stored = json.loads(path.read_text())
     name = stored["name"]
-    monkeypatch.setitem(history.FORMER["EvaluateConfig"], "batch_size", 16)
-    field = EvaluateConfig.model_fields["batch_size"]
-    monkeypatch.setattr(field, "default", 8)
-    EvaluateConfig.model_rebuild(force=True)
-    try:
-        del stored["config"]["batch_size"]
-        config = EvaluateConfig.model_validate(recipe.with_former(EvaluateConfig, stored["config"]))
-        assert config.batch_size == 16
-        assert config.name == name
-        assert config.model_copy(update={"batch_size": 8}).name != name
-    finally:
-        monkeypatch.undo()
-        EvaluateConfig.model_rebuild(force=True)
+    monkeypatch.setitem(history.FORMER["EvaluateConfig"], "template", "none")
+    del stored["config"]["template"]
+    config = EvaluateConfig.model_validate(recipe.with_former(EvaluateConfig, stored["config"]))
+    assert config.template == "none"
+    assert config.name == name
+    # The value that is left out of names is the former one, whatever the default is now.
+    monkeypatch.setitem(history.FORMER["EvaluateConfig"], "template", "alpaca")
+    assert config.name != name
+    assert config.model_copy(update={"template": "alpaca"}).name == name
 
 
 def test_records_are_read_once_for_each_state(tmp_path: Path) -> None:
