@@ -124,6 +124,7 @@ _HARMLESS = (
     *("max_length", "use_cache", "pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
     *("compile_config", "disable_compile", "continuous_batching_config", "transformers_version"),
+    "_from_model_config",
 )
 
 
@@ -131,8 +132,8 @@ _HARMLESS = (
 def greedy(model: torch.nn.Module, tokenizer: Any) -> Iterator[dict[str, Any]]:
     """Let a model generate the likeliest token each time and nothing else, whatever its generation_config.json says.
 
-    An answer ends at the tokenizer's end token, which models are trained with, and at those of the model's own that
-    are special tokens of the tokenizer; a batch would go on behind it, and an ordinary token would cut answers off.
+    An answer ends at the tokenizer's end token, which models are trained with (behind it a batch would go on), and at
+    those of the model's own end tokens that are special or added ones: an ordinary one would cut answers off.
 
     Yields:
         {setting that was set aside: its value}, of those that would change what is generated.
@@ -144,7 +145,7 @@ def greedy(model: torch.nn.Module, tokenizer: Any) -> Iterator[dict[str, Any]]:
     own = owners[0][1] if owners else GenerationConfig()
     ends = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
     ends = [number for number in ends if number is not None]
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     kept = list(dict.fromkeys([n for n in ends if n in special] + [tokenizer.eos_token_id]))
     neutral = GenerationConfig(
         bos_token_id=own.bos_token_id,
@@ -160,9 +161,9 @@ def greedy(model: torch.nn.Module, tokenizer: Any) -> Iterator[dict[str, Any]]:
     if set(ends) != set(kept):
         aside["eos_token_id"] = own.eos_token_id
     if aside:
-        listed = ", ".join(f"{name} {value}" for name, value in aside.items())
+        listed = ", ".join(f"{name} = {value}" for name, value in aside.items())
         warnings.warn(
-            f"The model's generation_config.json would change greedy decoding: {listed} is set aside.",
+            f"Settings of the model's generation_config.json that change greedy decoding are set aside: {listed}.",
             UserWarning,
             stacklevel=4,
         )
