@@ -447,7 +447,7 @@ def _unused(name: str | Path, tensors: Sequence[str], config: Any) -> UserError:
     too_deep = isinstance(layers, int) and deepest >= layers
     return UserError(
         f"'{name}' holds {len(tensors)} tensors that the {config.model_type} model of its config.json does not use"
-        + (f" (it calls for {layers} layers)" if too_deep else "")
+        + (f" (num_hidden_layers is {layers})" if too_deep else "")
         + f", the first being {', '.join(map(repr, tensors[:3]))}: correct config.json, or use the checkpoint that "
         "belongs to it."
     )

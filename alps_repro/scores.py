@@ -232,9 +232,10 @@ class HeadScores:
     def _tie(self, order: np.ndarray, ratio: float) -> str | None:
         """What is to be said where some of the heads that share a score are selected, and others are not."""
         count = head_count(ratio, self.values.size)
-        edge = np.sort(order, axis=None)[count - 1]
-        tied, taken = int((order == edge).sum()), int(count - (order < edge).sum())
-        return None if taken == tied else f"{taken} of {tied} heads of the same score, {abs(edge):.3g}"
+        last = np.argsort(order, axis=None, kind="stable")[count - 1]
+        edge = order.flat[last]
+        tied, taken = int((order == edge).sum()), count - int((order < edge).sum())
+        return None if taken == tied else f"{taken} of {tied} heads of the same score, {self.values.flat[last]:.3g}"
 
     def _selected(self, order: np.ndarray, ratio: float) -> HeadSelection:
         if tie := self._tie(order, ratio):
