@@ -15,8 +15,9 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -43,6 +44,25 @@ QUANTIZATIONS = ("none", "8bit", "4bit")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
+
+#: What a checkpoint may hold beside the tensors of its model, by patterns of names; nothing that a model of text
+#: computes depends on it. (Tied heads and layers for multi-token prediction are known by the configuration, too.)
+EXTRAS = {
+    "rotary frequencies": r"(^|\.)(maybe_)?rotary(_emb)?(_local)?\.(original_)?inv_freq$",
+    "causal masks": r"(^|\.)(attn|attention|crossattention)\.(masked_)?bias$",
+    "vision towers": r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector)\.",
+    "multi-token prediction": r"^(model\.)?mtp(_layers)?\.",
+}
+FREQUENCIES = EXTRAS["rotary frequencies"]
+
+#: Dtypes of weights that mean what they say; all others need to be told how they are to be read.
+PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+#: Files that a tokenizer's vocabulary may be in. Without one of them transformers makes up an empty tokenizer.
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+
+#: Stands for a picture: Gemma 3's text models come with the tokenizer of its models of pictures, one token too long.
+PICTURE = "<image_soft_token>"
 
 
 def cache_folder() -> Path:
@@ -212,8 +232,9 @@ def load_model(
         the model in eval mode and the tokenizer, padding on the left.
 
     Raises:
-        UserError: the name does not lead to readable weights, the quantization is unknown or not available, or there
-            is a GPU, or one is asked for, that cannot be used.
+        UserError: the name does not lead to readable weights; the quantization is unknown, not available, or another
+            than the stored one; tensors are missing or not used; the tokenizer does not fit; or there is a GPU, or one
+            is asked for, that cannot be used.
     """
     one_of("quantization", quantization, QUANTIZATIONS)
     gpu = placed(device) == "cuda"
@@ -249,8 +270,13 @@ def load_model(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
         )
     config = load_config(folder)
+    _check_kind(config, name)
+    if _check_stored_quantization(config, quantization, name):
+        kwargs["config"] = _with_own_compute(config, kwargs.pop("quantization_config"))
     try:
-        _check_layers(getattr(config.get_text_config(), "num_hidden_layers", 0), _tensor_files(folder))
+        where = _tensor_files(folder)
+        _check_layers(getattr(config.get_text_config(), "num_hidden_layers", 0), where, name)
+        _check_dtypes(_dtypes(folder, where), config, name)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
@@ -259,7 +285,10 @@ def load_model(
             output_loading_info=True,
             **kwargs,
         )
+        _check_vocabulary(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
         raise explained(error) or UserError(
             f"'{name}' cannot be loaded ({_first_line(error)}): check that its folder is complete."
@@ -271,8 +300,10 @@ def load_model(
             f"'{name}' lacks {len(missing)} of the tensors that its config.json calls for, or has them in another "
             f"shape (the first is '{missing[0]}'): the checkpoint is not complete; copy it again."
         )
+    _check_tensors(model, report["unexpected_keys"], folder, where, name)
     if quantization != "none" and not any(hasattr(m, "source_cls") for m in model.modules()):
         raise UserError(f"bitsandbytes finds nothing to quantize in '{name}' ({model.config.model_type}): use 'none'.")
+    _check_tokenizer(tokenizer, model, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     for module in model.modules():
@@ -283,17 +314,213 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def _check_kind(config: Any, name: str | Path) -> None:
+    """Refuse what is no causal language model, such as LLaVA, whose language model is a part of it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    text = config.get_text_config()
+    if text is not config:
+        raise UserError(
+            f"'{name}' is a {config.model_type} model, whose language model ({text.model_type}) is only a part of it: "
+            "save that part with its output layer as a checkpoint of its own, and name its folder."
+        )
+    raise UserError(f"'{name}' is a {config.model_type} model: name a causal language model's checkpoint.")
+
+
+def _stored_quantization(config: Any) -> dict[str, Any]:
+    """The settings of the quantization that a checkpoint is stored in; empty where it is not."""
+    for own in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            found = getattr(own, key, None)
+            if found:
+                return dict(found if isinstance(found, dict) else found.to_dict())
+    return {}
+
+
+def _quantized_as(stored: dict[str, Any]) -> str:
+    """What a stored quantization is called: one of `QUANTIZATIONS` where it is what `load_model` makes."""
+    if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type", "fp4") == "nf4":
+        return "4bit"
+    if stored.get("load_in_4bit"):
+        return f"bitsandbytes {stored.get('bnb_4bit_quant_type', 'fp4')}"
+    return "8bit" if stored.get("load_in_8bit") else str(stored.get("quant_method") or "an unnamed quantization")
+
+
+def _check_stored_quantization(config: Any, quantization: str, name: str | Path) -> bool:
+    """Whether the checkpoint is stored in the quantization that was asked for; `UserError` where in another."""
+    stored = _stored_quantization(config)
+    if stored and (kind := _quantized_as(stored)) != quantization:
+        raise UserError(
+            f"'{name}' is stored in {kind} (quantization_config in its config.json), and was asked for in quantization "
+            f"'{quantization}': "
+            + (f"ask for '{kind}'" if kind in QUANTIZATIONS else "use a checkpoint that is not quantized")
+            + ", since what was rounded away cannot be had back."
+        )
+    return bool(stored)
+
+
+def _with_own_compute(config: Any, ours: Any) -> Any:
+    """The configuration of a quantized checkpoint, computing as if `load_model` had quantized it."""
+    own = {key: getattr(ours, key) for key in ("bnb_4bit_compute_dtype", "llm_int8_threshold")}
+    config.quantization_config = {**_stored_quantization(config), **own}
+    return config
+
+
+def _dtypes(folder: Path, where: dict[str, str]) -> dict[str, str]:
+    """{tensor name: its dtype as safetensors calls it}, from the heads of the files."""
+    from safetensors import safe_open
+
+    found = {}
+    for name in dict.fromkeys(where.values()):
+        with safe_open(folder / name, "pt") as file:
+            found |= {tensor: file.get_slice(tensor).get_dtype() for tensor in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _check_dtypes(dtypes: dict[str, str], config: Any, name: str | Path) -> None:
+    """Refuse weights that mean nothing by themselves; transformers would take them for what they are scaled by."""
+    if _stored_quantization(config):
+        if not any(name.endswith((".absmax", ".SCB")) for name in dtypes):
+            raise UserError(
+                f"The config.json of '{name}' has a quantization_config, and its weights are not quantized: remove it."
+            )
+        return
+    for tensor, dtype in dtypes.items():
+        weight = tensor.endswith(("weight", "bias")) or dtype.startswith("F")
+        if dtype not in PLAIN and weight and not _is_extra(tensor, config):
+            raise UserError(
+                f"'{tensor}' of '{name}' is stored in {dtype}, and no quantization_config in its config.json says how "
+                "that is to be read: use a checkpoint in float32, bfloat16 or float16."
+            )
+
+
+def _is_extra(tensor: str, config: Any) -> bool:
+    """Whether a tensor that the model does not use may be there all the same; see `EXTRAS`."""
+    if any(re.search(pattern, tensor) for pattern in EXTRAS.values()):
+        return True
+    layer = _layer_number(tensor)
+    return layer is not None and layer in _predicting_layers(config)
+
+
+def _layer_number(tensor: str) -> int | None:
+    found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", tensor)
+    return int(found[1]) if found else None
+
+
+def _predicting_layers(config: Any) -> range:
+    """Numbers of the layers for multi-token prediction, which stand behind the model's own (DeepSeek, GLM)."""
+    text = config.get_text_config()
+    layers, more = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    return range(layers, layers + more) if isinstance(more, int) else range(0)
+
+
+def _check_tensors(
+    model: torch.nn.Module, unexpected: Iterable[str], folder: Path, where: dict[str, str], name: str | Path
+) -> None:
+    """Refuse a checkpoint of which something would be left out, or of which it is not clear what is used.
+
+    unexpected: as transformers reports them, which leaves out what matches patterns of its own.
+    """
+    own = {tensor for tensor, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    prefix = f"{model.base_model_prefix}."
+    twice = [tensor for tensor in where if prefix + tensor in where]
+    if twice:
+        raise UserError(f"'{name}' holds both '{twice[0]}' and '{prefix}{twice[0]}', which are one tensor: remove one.")
+    silent = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", "position_ids$"])
+    left_out = {
+        tensor
+        for tensor in where
+        if re.search(silent, tensor) and own.isdisjoint({tensor, prefix + tensor, tensor.removeprefix(prefix)})
+    }
+    refused = sorted(tensor for tensor in {*unexpected, *left_out} if not _is_extra(tensor, model.config))
+    if refused:
+        raise _unused(name, refused, model.config)
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(one) is not model.get_parameter_or_buffer(other):
+            raise UserError(
+                f"'{name}' holds '{one}' and '{other}' with different values, and its config.json ties them: set "
+                "tie_word_embeddings to false if both are meant, or remove one."
+            )
+    _compare_frequencies(model, folder, where, name)
+
+
+def _unused(name: str | Path, tensors: Sequence[str], config: Any) -> UserError:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    deepest = max((number for tensor in tensors if (number := _layer_number(tensor)) is not None), default=-1)
+    too_deep = isinstance(layers, int) and deepest >= layers
+    return UserError(
+        f"'{name}' holds {len(tensors)} tensors that the {config.model_type} model of its config.json does not use"
+        + (f" (num_hidden_layers is {layers})" if too_deep else "")
+        + f", the first being {', '.join(map(repr, tensors[:3]))}: correct config.json, or use the checkpoint that "
+        "belongs to it."
+    )
+
+
+def _compare_frequencies(model: torch.nn.Module, folder: Path, where: dict[str, str], name: str | Path) -> None:
+    """Warn where stored rotary frequencies, which are not used, are not those that config.json leads to."""
+    import torch
+
+    ours = [buffer for tensor, buffer in model.named_buffers() if tensor.endswith("inv_freq")]
+    for tensor, file in where.items():
+        if re.search(FREQUENCIES, tensor) and ours:
+            stored = _Opened(folder).read(file, {"": tensor})[""].float()
+            # Old checkpoints have them in half precision.
+            near = [torch.allclose(stored, own.cpu().float(), rtol=0.01) for own in ours if own.shape == stored.shape]
+            if not any(near):
+                warnings.warn(
+                    f"'{tensor}' of '{name}' differs from the rotary frequencies that its config.json leads to, which "
+                    "are used: check rope_theta and rope_scaling there.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return
+
+
+def _check_vocabulary(folder: Path) -> None:
+    if not any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
+        raise UserError(
+            f"'{folder}' cannot be loaded: it holds no tokenizer ({', '.join(VOCABULARIES)}); save the model's there."
+        )
+
+
+def _check_tokenizer(tokenizer: Any, model: torch.nn.Module, name: str | Path) -> None:
+    """Refuse a tokenizer that makes numbers the model has no embedding for, or that cannot end an answer."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows and token != PICTURE}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"The tokenizer of '{name}' has {len(beyond)} tokens beyond the {rows} rows of the model's embedding (the "
+            f"first is '{beyond[first]}', number {first}): use the tokenizer that belongs to the model, or resize its "
+            "embedding and save it."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of '{name}' has no end token, and answers could not end: set eos_token in its "
+            "tokenizer_config.json."
+        )
+
+
 @dataclass(frozen=True)
 class Attention:
     """Read access to the attention projections of one model.
 
     projections: paths as `HeadLayout.module` gives them -> tensors (outputs, inputs) in the stored dtype.
-    source: what the model was named.
+    source: what the model was named. dtypes: paths -> the dtypes that they are stored in; with an adapter, those of
+        its base, whose other rows are left as they are.
     """
 
     layout: HeadLayout
     projections: Callable[[Sequence[str]], dict[str, torch.Tensor]]
     source: str
+    dtypes: Callable[[Sequence[str]], dict[str, torch.dtype]]
+
+    def stored(self, layer: int) -> dict[Part, torch.dtype]:
+        """The dtypes that the query, key and value rows of a layer are stored in."""
+        found = self.dtypes(self.layout.modules(layer))
+        return {part: found[self.layout.module(layer, part)] for part in PARTS}
 
     def layer(self, layer: int) -> dict[Part, torch.Tensor]:
         """The query, key and value rows of a layer in head (group) order, each (rows, hidden size), on the CPU."""
@@ -362,10 +589,18 @@ def _from_model(model: Any) -> Attention:
             )
         return dense_weight(inner)
 
+    def dtype(path: str) -> torch.dtype:
+        module = modules[prefix + path]
+        # Of quantized weights: what they are computed with.
+        return dense_weight(getattr(module, "base_layer", module)).dtype
+
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
         return {path: projection(path) for path in paths}
 
-    return Attention(layout, projections, getattr(model, "name_or_path", "") or type(model).__name__)
+    def dtypes(paths: Sequence[str]) -> dict[str, torch.dtype]:
+        return {path: dtype(path) for path in paths}
+
+    return Attention(layout, projections, getattr(model, "name_or_path", "") or type(model).__name__, dtypes)
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -379,10 +614,13 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     return {str(name): str(file) for name, file in index.items()}
 
 
-def _check_layers(layers: Any, where: dict[str, str]) -> None:
+def _check_layers(layers: Any, where: dict[str, str], source: str | Path) -> None:
     # Work is shared out, and models are built, layer by layer: a number that is far too high would never end.
     if isinstance(layers, int) and layers > len(where):
-        raise UserError(f"The config.json calls for {layers} layers, and there are {len(where)} tensors: correct it.")
+        raise UserError(
+            f"'{source}' cannot be loaded: its config.json calls for {layers} layers, and it holds {len(where)} "
+            "tensors in all: correct it."
+        )
 
 
 class _Opened(threading.local):
@@ -397,7 +635,7 @@ class _Opened(threading.local):
         self.folder, self.file, self.taken = folder, None, 0
         self.state: tuple[str, int, int, int] | None = None
 
-    def read(self, name: str, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
+    def _open(self, name: str) -> Any:
         from safetensors import safe_open
 
         path = self.folder / name
@@ -406,7 +644,16 @@ class _Opened(threading.local):
         if state != self.state or self.taken > self.BYTES:
             self.file = None
             self.file, self.state, self.taken = safe_open(path, "pt"), state, 0
-        out = {path: self.file.get_tensor(tensor) for path, tensor in tensors.items()}
+        return self.file
+
+    def dtype(self, name: str, tensor: str) -> torch.dtype:
+        import torch
+
+        return getattr(torch, PLAIN[self._open(name).get_slice(tensor).get_dtype()])
+
+    def read(self, name: str, tensors: dict[str, str]) -> dict[str, torch.Tensor]:
+        file = self._open(name)
+        out = {path: file.get_tensor(tensor) for path, tensor in tensors.items()}
         self.taken += sum(tensor.nbytes for tensor in out.values())
         return out
 
@@ -414,16 +661,24 @@ class _Opened(threading.local):
 def _from_folder(folder: Path, source: str) -> Attention:
     from safetensors import SafetensorError
 
-    layout = HeadLayout.of(load_config(folder))
+    config = load_config(folder)
+    layout = HeadLayout.of(config)
+    if stored := _stored_quantization(config):
+        kind = _quantized_as(stored)
+        raise UserError(
+            f"'{source}' is stored in {kind} (quantization_config in its config.json): "
+            + (f"pass what load_model(..., '{kind}') gives." if kind in QUANTIZATIONS else "use one in float.")
+        )
     try:
         where = _tensor_files(folder)
         prefix = layout.prefix(where)
-        _check_layers(layout.layers, where)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise UserError(f"{source}: {error}") from error
         raise UserError(f"The weights of '{source}' cannot be read ({_first_line(error)}): copy them again.") from error
 
+    _check_layers(layout.layers, where, source)
+    _check_attention(layout, config, prefix, where, source)
     opened = _Opened(folder)
 
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -448,7 +703,33 @@ def _from_folder(folder: Path, source: str) -> Attention:
                 )
         return {path: weight.T for path, weight in out.items()} if layout.transposed else out
 
-    return Attention(layout, projections, source)
+    def dtypes(paths: Sequence[str]) -> dict[str, torch.dtype]:
+        names = {path: f"{prefix}{path}.weight" for path in paths}
+        return {path: opened.dtype(where[name], name) for path, name in names.items()}
+
+    return Attention(layout, projections, source, dtypes)
+
+
+def _check_attention(layout: HeadLayout, config: Any, prefix: str, where: dict[str, str], source: str) -> None:
+    """Refuse tensors that the attention of such a model does not have, such as scales or biases, and layers too many.
+
+    No model is built for it: `load_model` looks at all tensors, and here only attention is read.
+    """
+    text = config.get_text_config()
+    before = prefix + layout.module(0, "query").partition("0.")[0]
+    attention = "." + layout.output_module(0).split(".")[-2] + "."
+    refused = []
+    for tensor in where:
+        found = re.match(re.escape(before) + r"(\d+)(\..*)", tensor)
+        if not found or _is_extra(tensor, config):
+            continue
+        layer, rest = int(found[1]), found[2]
+        if layer >= layout.layers or (
+            rest.startswith(attention) and tensor.removeprefix(prefix) not in layout.tensors(layer, text)
+        ):
+            refused.append(tensor)
+    if refused:
+        raise _unused(source, sorted(refused), config)
 
 
 def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
@@ -494,7 +775,7 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
         return {path: merged(path, weight) for path, weight in base.projections(paths).items()}
 
-    return Attention(layout, projections, source)
+    return Attention(layout, projections, source, base.dtypes)
 
 
 #: What is read of a model's folder, its tokenizer included.

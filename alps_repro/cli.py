@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +77,8 @@ def localize(
     for layer, head in sorted(top, key=lambda pair: -scores.values[pair]):
         table.add_row(str(layer), str(head), f"{scores.values[layer, head]:.4g}")
     console.print(table)
+    if scores.compared_in:
+        console.print(f"both models compared in {scores.compared_in}, the coarser of what they are stored in")
     paths = figures.save(scores.heatmap(ratio), results / "figures", f"heatmap-{config.name}")
     for path in [results / "scores" / record.result["scores"], *paths]:
         console.print(str(path), soft_wrap=True)
@@ -350,7 +353,16 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: user errors become one line on standard error and exit status 2."""
+    """Entry point: user errors become one line on standard error and exit status 2, and warnings one line each."""
+    show = warnings.showwarning
+
+    def in_one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"alps-repro: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            show(message, category, *where, **more)
+
+    warnings.showwarning = in_one_line
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import random
@@ -113,6 +114,7 @@ class Evaluation:
         machine had no time for). samples: {task: one dict per question, by `doc_id`, with prompt, answer and grade}.
         versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers. truncated: {task: questions
         whose prompt was cut from the left, since it did not fit into the model's positions with an answer behind it}.
+        neutralized: what `greedy` set aside of the model's own settings.
     """
 
     scores: dict[str, float]
@@ -122,6 +124,69 @@ class Evaluation:
     shots: dict[str, int]
     hashes: dict[str, str]
     truncated: dict[str, int] = field(default_factory=dict)
+    neutralized: dict[str, Any] = field(default_factory=dict)
+
+
+#: Settings of a generation_config.json that leave greedy decoding as it is, or that lm-eval gives itself.
+_HARMLESS = (
+    *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("max_length", "use_cache", "pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("compile_config", "disable_compile", "continuous_batching_config", "transformers_version"),
+    "_from_model_config",
+)
+
+
+@contextmanager
+def greedy(model: torch.nn.Module, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """Let a model generate the likeliest token each time and nothing else, whatever its generation_config.json says.
+
+    An answer ends at the tokenizer's end token, which models are trained with (behind it a batch would go on), and at
+    those of the model's own end tokens that are special or added ones: an ordinary one would cut answers off.
+
+    Yields:
+        {setting that was set aside: its value}, of those that would change what is generated.
+    """
+    from transformers import GenerationConfig
+
+    # An adapter's model and the one around it may each have one.
+    owners = [(module, vars(module)["generation_config"]) for module in model.modules() if _generates(module)]
+    own = owners[0][1] if owners else GenerationConfig()
+    ends = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
+    ends = [number for number in ends if number is not None]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    kept = list(dict.fromkeys([n for n in ends if n in special] + [tokenizer.eos_token_id]))
+    neutral = GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=kept[0] if len(kept) == 1 else kept,
+        pad_token_id=own.pad_token_id,
+    )
+    defaults = GenerationConfig._get_default_generation_params()
+    aside = {
+        name: value
+        for name, value in json.loads(own.to_json_string(use_diff=True)).items()
+        if name in vars(neutral) and name not in (*_HARMLESS, "eos_token_id") and value != defaults.get(name)
+    }
+    if set(ends) != set(kept):
+        aside["eos_token_id"] = own.eos_token_id
+    if aside:
+        listed = ", ".join(f"{name} = {value}" for name, value in aside.items())
+        warnings.warn(
+            f"Settings of the model's generation_config.json that change greedy decoding are set aside: {listed}.",
+            UserWarning,
+            stacklevel=4,
+        )
+    try:
+        for module, _ in owners:
+            module.generation_config = neutral
+        yield aside
+    finally:
+        for module, before in owners:
+            module.generation_config = before
+
+
+def _generates(module: torch.nn.Module) -> bool:
+    return vars(module).get("generation_config") is not None
 
 
 @contextmanager
@@ -205,6 +270,7 @@ def evaluate(
     """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
 
     model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`.
+        Answers are generated greedily: other settings of its generation_config.json are set aside, with a warning.
     tasks: of `BENCHMARKS` (the paper's ten, with its shots), `data.OFFLINE` or `KNOWLEDGE`.
     limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
     template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
@@ -262,7 +328,7 @@ def evaluate(
         # All messages, since a task's description is one of its own; Jinja drops the last line break.
         tokenizer.chat_template = PROMPT.format(instruction="{{ messages | map(attribute='content') | join }}") + "\n"
     try:
-        with kept_generators(), quiet():
+        with greedy(model, tokenizer) as aside, kept_generators(), quiet():
             lm = PromptedLM(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -332,7 +398,7 @@ def evaluate(
                 f"fit into the model's {lm.max_length} positions.",
                 stacklevel=2,
             )
-    return _evaluation(found, tasks)
+    return _evaluation(found, tasks, aside)
 
 
 def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str) -> None:
@@ -429,9 +495,8 @@ def _pass_at_1(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
     return {metric: float(passed.mean()), metric.replace(",", "_stderr,"): error, "stalled": float(stalled)}
 
 
-def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
+def _evaluation(found: dict[str, Any], tasks: Sequence[str], neutralized: dict[str, Any]) -> Evaluation:
     import hashlib
-    import json
 
     from lm_eval.utils import handle_non_serializable
 
@@ -454,6 +519,7 @@ def _evaluation(found: dict[str, Any], tasks: Sequence[str]) -> Evaluation:
         shots={task: int(n) for task, n in found["n-shot"].items()},
         hashes=hashes,
         truncated=found["truncated"],
+        neutralized=neutralized,
     )
 
 

@@ -48,6 +48,9 @@ class Architecture:
         head a group, and all of Falcon's variants).
     transposed: stored as (input, output), as GPT-2's `Conv1D` does.
     output: name of the projection behind attention, whose input is the heads' results in query head order.
+    bias: whether the projections have one: always, never, or as the setting of that name in a configuration says.
+    output_bias: whether the one behind attention has one where they have.
+    norms: names of the normalizations within attention.
     """
 
     attention: str
@@ -55,29 +58,35 @@ class Architecture:
     order: Literal["separate", "stacked", "grouped"] = "separate"
     transposed: bool = False
     output: str = "o_proj"
+    bias: bool | str = False
+    output_bias: bool = True
+    norms: tuple[str, ...] = ()
 
 
-_SEPARATE = Architecture("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj"))
+_SEPARATE = Architecture("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj"), bias="attention_bias")
+_NORMED = replace(_SEPARATE, norms=("q_norm", "k_norm"))
 
 #: Every architecture the package knows, by the `model_type` of its configuration. To add one: check in its modelling
 #: code how the projection's output is split into heads, add a line, and add a tiny configuration to
 #: `tests/tiny_models.py`; the tests in `tests/test_heads.py` then hold it against the model's own forward pass.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _SEPARATE,
-    "mistral": _SEPARATE,
-    "qwen2": _SEPARATE,
-    "qwen3": _SEPARATE,
+    "mistral": replace(_SEPARATE, bias=False),
+    "qwen2": replace(_SEPARATE, bias=True, output_bias=False),
+    "qwen3": _NORMED,
     "gemma": _SEPARATE,
     "gemma2": _SEPARATE,
-    "gemma3_text": _SEPARATE,
-    "olmo2": _SEPARATE,
+    "gemma3_text": _NORMED,
+    "olmo2": _NORMED,
     "smollm3": _SEPARATE,
-    "phi": replace(_SEPARATE, output="dense"),
-    "opt": replace(_SEPARATE, output="out_proj"),
+    "phi": replace(_SEPARATE, output="dense", bias=True, norms=("q_layernorm", "k_layernorm")),
+    "opt": replace(_SEPARATE, output="out_proj", bias="enable_bias"),
     "phi3": Architecture("layers.{}.self_attn", ("qkv_proj",) * 3, "stacked"),
-    "gpt2": Architecture("h.{}.attn", ("c_attn",) * 3, "stacked", transposed=True, output="c_proj"),
-    "gpt_neox": Architecture("layers.{}.attention", ("query_key_value",) * 3, "grouped", output="dense"),
-    "falcon": Architecture("h.{}.self_attention", ("query_key_value",) * 3, "grouped", output="dense"),
+    "gpt2": Architecture("h.{}.attn", ("c_attn",) * 3, "stacked", transposed=True, output="c_proj", bias=True),
+    "gpt_neox": Architecture(
+        "layers.{}.attention", ("query_key_value",) * 3, "grouped", output="dense", bias="attention_bias"
+    ),
+    "falcon": Architecture("h.{}.self_attention", ("query_key_value",) * 3, "grouped", output="dense", bias="bias"),
 }
 
 
@@ -166,6 +175,20 @@ class HeadLayout:
     def modules(self, layer: int) -> tuple[str, ...]:
         """The distinct projections of a layer: three paths, or one where they are fused."""
         return tuple(dict.fromkeys(self.module(layer, part) for part in PARTS))
+
+    def tensors(self, layer: int, config: Any) -> set[str]:
+        """Names of all tensors that the attention of `layer` may have, from the decoder (see `PREFIXES`).
+
+        config: the model's configuration, which may say whether projections have biases.
+        """
+        architecture = ARCHITECTURES[self.architecture]
+        where = architecture.attention.format(layer)
+        bias = architecture.bias
+        biased = bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
+        names = {f"{path}.weight" for path in (*self.modules(layer), self.output_module(layer))}
+        names |= {f"{path}.bias" for path in self.modules(layer) if biased}
+        names |= {f"{self.output_module(layer)}.bias"} if biased and architecture.output_bias else set()
+        return names | {f"{where}.{norm}.{kind}" for norm in architecture.norms for kind in ("weight", "bias")}
 
     def output_module(self, layer: int) -> str:
         """Path of the projection behind the attention of `layer`, from the decoder (see `PREFIXES`).

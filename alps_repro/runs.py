@@ -299,6 +299,8 @@ def _localize(
             )
         write_whole(path, json.dumps(scores.dump(), indent=1) + "\n")
         outcome.result = {"scores": path.name, "values": scores.values.tolist(), "layout": asdict(scores.layout)}
+        if scores.compared_in:
+            outcome.result["compared_in"] = scores.compared_in
     return scores, outcome.record
 
 
@@ -361,6 +363,8 @@ def evaluate_run(config: EvaluateConfig, results: str | Path, *, progress: bool 
             "per_question": {task: _per_question(task, rows) for task, rows in found.samples.items()},
             "samples": samples.name,
         }
+        if found.neutralized:
+            outcome.result["neutralized"] = found.neutralized
         outcome.data_sha256 = found.hashes
         if tuning is not None:
             outcome.trained_parameters = tuning.cost.trained_parameters

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ import numpy as np
 
 from alps_repro.checkpoints import Attention, open_attention
 from alps_repro.errors import UserError, one_of
-from alps_repro.heads import HeadLayout, HeadSelection, Part, head_count
+from alps_repro.heads import PARTS, HeadLayout, HeadSelection, Part, head_count
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +210,8 @@ RESULT_METRICS = ("scale_norm", "importance", "hifi")
 class HeadScores:
     """One score per query head; higher means moved further from the base.
 
-    values: float64, (layers, heads). The other fields say how it was computed.
+    values: float64, (layers, heads). compared_in: the coarser dtype that both models were rounded to (several where
+    tensors differ), or None where they were compared as stored. The other fields say how it was computed.
     """
 
     values: np.ndarray
@@ -220,23 +222,67 @@ class HeadScores:
     head_matrix: str = "product"
     tau: float = 1.0
     ground: str = "position"
+    compared_in: str | None = None
 
     def _ranked(self, order: np.ndarray, ratio: float) -> HeadSelection:
         # A stable sort: equal scores stay in the order of (layer, head).
         flat = np.argsort(order, axis=None, kind="stable")[: head_count(ratio, self.values.size)]
         return HeadSelection(tuple(divmod(int(i), self.layout.heads) for i in flat), self.layout)
 
+    def _tie(self, order: np.ndarray, ratio: float) -> str | None:
+        """What is to be said where some of the heads that share a score are selected, and others are not."""
+        count = head_count(ratio, self.values.size)
+        last = np.argsort(order, axis=None, kind="stable")[count - 1]
+        edge = order.flat[last]
+        tied, taken = int((order == edge).sum()), count - int((order < edge).sum())
+        return None if taken == tied else f"{taken} of {tied} heads of the same score, {self.values.flat[last]:.3g}"
+
+    def _selected(self, order: np.ndarray, ratio: float) -> HeadSelection:
+        if tie := self._tie(order, ratio):
+            warnings.warn(
+                f"The selection of {ratio:.4g} of the heads by '{self.metric}' ends among {tie}: which of these are "
+                "taken is by their number alone.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return self._ranked(order, ratio)
+
     def top(self, ratio: float) -> HeadSelection:
-        """The `ceil(ratio · total)` highest heads; ties go to the lower layer, then head (Algorithm 1)."""
-        return self._ranked(-self.values, ratio)
+        """The `ceil(ratio · total)` highest heads; ties go to the lower layer, then head (Algorithm 1).
+
+        Warns where the last of them ties with a head that is left out, as all heads do that did not change (score 0).
+        """
+        return self._selected(-self.values, ratio)
 
     def bottom(self, ratio: float) -> HeadSelection:
-        """The `ceil(ratio · total)` lowest heads; ties go to the lower layer, then head."""
-        return self._ranked(self.values, ratio)
+        """The `ceil(ratio · total)` lowest heads; ties go to the lower layer, then head; warns as `top` does."""
+        return self._selected(self.values, ratio)
+
+    def checked(self) -> HeadScores:
+        """Itself.
+
+        Raises:
+            UserError: no head scores differently from another, so that there is nothing to select by.
+        """
+        if not self.values.any() and self.head_matrix != RESULT:
+            rounded = f" (in {self.compared_in})" if self.compared_in else ""
+            raise UserError(
+                f"No head of '{self.task}' differs from '{self.base}'{rounded}: name the model that was tuned, with "
+                "trained attention."
+            )
+        if self.values.size > 1 and np.ptp(self.values) == 0:
+            raise UserError(
+                f"All heads of '{self.task}' have the same score by '{self.metric}', so none can be selected by it: "
+                "use another model or metric."
+            )
+        return self
 
     def dump(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        return {**self.__dict__, "values": self.values.tolist(), "layout": asdict(self.layout)}
+        fields = {**self.__dict__, "values": self.values.tolist(), "layout": asdict(self.layout)}
+        if self.compared_in is None:
+            del fields["compared_in"]
+        return fields
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON; `load` gives the same float64 values bit for bit."""
@@ -273,7 +319,7 @@ class HeadScores:
         if shown.count():
             norm = LogNorm(np.percentile(shown.compressed(), 2.5), shown.max(), clip=True)
         image = axes.imshow(shown, origin="lower", cmap="cividis", norm=norm, aspect="equal", interpolation="nearest")
-        chosen = np.array(self.top(ratio).heads)
+        chosen, tie = np.array(self._ranked(-self.values, ratio).heads), self._tie(-self.values, ratio)
         axes.scatter(
             chosen[:, 1],
             chosen[:, 0],
@@ -282,7 +328,7 @@ class HeadScores:
             facecolors="none",
             edgecolors="#d62728",
             linewidths=1.4,
-            label=f"top {ratio:.0%} ({len(chosen)} heads)",
+            label=f"top {ratio:.0%} ({len(chosen)} heads)" + (f",\nending among {tie}" if tie else ""),
         )
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
@@ -290,7 +336,8 @@ class HeadScores:
         axes.set_yticks(range(0, layers, 5 if layers > 10 else 1))
         axes.tick_params(length=2)
         bar = figure.colorbar(image, ax=axes, fraction=0.06, pad=0.03, extend="min")
-        bar.set_label(f"{self.metric} ({self.head_matrix})")
+        compared = f", compared in {self.compared_in}" if self.compared_in else ""
+        bar.set_label(f"{self.metric} ({self.head_matrix}){compared}")
         figure.legend(loc="outside lower center", frameon=False, fontsize=9)
         return figure
 
@@ -317,6 +364,38 @@ def _check_pair(base: Attention, task: Attention) -> None:
         )
 
 
+def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """Of two dtypes the one with fewer digits; float16 has more than bfloat16."""
+    import torch
+
+    return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _rounded(
+    base: torch.Tensor, task: torch.Tensor, stored: tuple[torch.dtype, torch.dtype]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides in the coarser of the two dtypes that they are stored in: the same where only rounding made a
+    difference."""
+    import torch
+
+    if set(stored) != {torch.float16, torch.bfloat16}:
+        coarse = _coarser(*stored)
+        highest = torch.finfo(coarse).max
+        return tuple(side.clamp(-highest, highest).to(coarse) for side in (base, task))
+    # float16 has more digits, bfloat16 more range below: small numbers are rounded to float16, all to bfloat16. A
+    # number that lies half way between two others may have been rounded to either of them before.
+    half, brain = (base, task) if stored[0] == torch.float16 else (task, base)
+    half, brain = half.half().double(), brain.bfloat16().double()
+
+    def nearest(x: torch.Tensor, dtype: torch.dtype, other: torch.Tensor) -> torch.Tensor:
+        highest = torch.finfo(dtype).max
+        y = x.clamp(-highest, highest).to(dtype).double()
+        return torch.where((x - y).abs() == (x - other).abs(), other, y)
+
+    ours = nearest(half, torch.bfloat16, brain), nearest(brain, torch.float16, half).bfloat16().double()
+    return ours if stored[0] == torch.float16 else ours[::-1]
+
+
 def localize(
     base: Any,
     task: Any,
@@ -337,8 +416,13 @@ def localize(
         at their own `value`.
     progress: show a bar, one step a layer.
 
+    Where a projection is stored in different dtypes, both sides are rounded to the coarser one first, with a warning:
+    what a stored model lost by rounding is no training. (An adapter's rows are compared as they are: around them lie
+    its base's own.)
+
     Raises:
-        UserError: a name leads nowhere, the two models do not match, or weights are NaN, missing or unreadable.
+        UserError: a name leads nowhere, the two models do not match, no head differs, or weights are NaN, missing or
+            unreadable.
     """
     import torch
     from tqdm.auto import tqdm
@@ -351,10 +435,17 @@ def localize(
     with open_attention(base) as b, open_attention(task) as t, pool:
         _check_pair(b, t)
         layout, scratch = b.layout, _Scratch()
+        differing: set[tuple[torch.dtype, torch.dtype]] = set()
 
         @torch.no_grad()
         def score(layer: int) -> list[float]:
             sides = b.layer(layer), t.layer(layer)
+            kinds = b.stored(layer), t.stored(layer)
+            for part in PARTS:
+                stored = kinds[0][part], kinds[1][part]
+                if stored[0] != stored[1]:
+                    differing.add(stored)
+                    sides[0][part], sides[1][part] = _rounded(sides[0][part], sides[1][part], stored)
             scores: list[float] = []
             for head in range(layout.heads):
                 if head_matrix == "product":
@@ -375,4 +466,15 @@ def localize(
         torch.mm(first, first).exp_().cumsum_(0)
         layers = pool.map(score, range(layout.layers))
         values = np.array(list(tqdm(layers, desc="scoring layers", total=layout.layers, disable=not progress)))
-        return HeadScores(values, layout, b.source, t.source, metric, head_matrix, float(tau), ground)
+        named = sorted([str(dtype).removeprefix("torch.") for dtype in (*s, _coarser(*s))] for s in differing)
+        for kept_in, tuned_in, coarser in named:
+            warnings.warn(
+                f"'{b.source}' is stored in {kept_in} and '{t.source}' in {tuned_in}: both are compared in {coarser}, "
+                "so that rounding does not count as change.",
+                UserWarning,
+                stacklevel=2,
+            )
+        compared = ", ".join(sorted({coarser for *_, coarser in named})) or None
+        return HeadScores(
+            values, layout, b.source, t.source, metric, head_matrix, float(tau), ground, compared
+        ).checked()

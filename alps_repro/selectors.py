@@ -107,7 +107,11 @@ SELECTORS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def select_by(metric: str, base: str | Path, task: str | Path, **asked: Any) -> HeadScores:
-    """Scores by one of `SELECTORS`; `task`, and what is `asked`, as the selector takes it."""
+    """Scores by one of `SELECTORS`; `task`, and what is `asked`, as the selector takes it.
+
+    Raises:
+        UserError: as the selector raises it, or all heads score the same.
+    """
     values = SELECTORS[metric](base, task, **asked)
     layout = HeadLayout.of(load_config(resolve(base)))
-    return HeadScores(values, layout, str(base), str(task), metric, RESULT)
+    return HeadScores(values, layout, str(base), str(task), metric, RESULT).checked()

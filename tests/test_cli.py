@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
 
 from alps_repro import doctor, tables
@@ -111,6 +112,36 @@ def test_localize_says_the_librarys_words(shell: Shell, models: Path, tmp_path: 
     (record,) = load_records(tmp_path / "records", "localize")
     config = record.config
     assert (config.metric, config.head_matrix, config.tau, config.ground) == ("kl", "concat", 0.5, "position")
+
+
+def test_localize_says_ties_and_dtypes(models: Path, tmp_path: Path) -> None:
+    """One line each on standard error; what was compared in, on standard output, in the record and in the picture."""
+    task = Path(shutil.copytree(models / "base", tmp_path / "task"))
+    tensors = load_file(task / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][:8] += 1
+    save_file({name: t.bfloat16() for name, t in tensors.items()}, task / "model.safetensors", {"format": "pt"})
+    script = Path(sys.executable).with_name("alps-repro")
+    words = [str(script), "localize", str(models / "base"), str(task), "--ratio=0.25", f"--results={tmp_path}"]
+    first, again = (subprocess.run(words, capture_output=True, text=True, timeout=120) for _ in range(2))
+    assert (first.returncode, again.returncode) == (0, 0)
+    warned = [line for line in first.stderr.splitlines() if line.startswith("alps-repro: ")]
+    assert len(warned) == 2
+    assert warned[0].endswith("both are compared in bfloat16, so that rounding does not count as change.")
+    assert "ends among 1 of 7 heads of the same score, 0: which of these are taken" in warned[1]
+    assert warned[1:] == [line for line in again.stderr.splitlines() if line.startswith("alps-repro: ")]
+    for done in (first, again):
+        assert "both models compared in bfloat16, the coarser of what they are stored in" in done.stdout
+    (record,) = load_records(tmp_path / "records", "localize")
+    assert record.result["compared_in"] == "bfloat16"
+    (picture,) = (tmp_path / "figures").glob("heatmap-*.svg")
+    assert picture.stat().st_size > 500
+
+
+def test_localize_a_copy(shell: Shell, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "base", tmp_path / "same")
+    ran = shell("localize", models / "base", tmp_path / "same", "--results", tmp_path)
+    assert (ran.status, ran.out) == (2, "")
+    assert f"No head of '{tmp_path / 'same'}' differs from '{models / 'base'}'" in ran.err
 
 
 def test_finetune_evaluate_table(shell: Shell, models: Path, tmp_path: Path) -> None:

@@ -191,6 +191,19 @@ def test_split_is_in_head_order(probe):
             assert list(split[index]) == list(layout.rows(part, index))
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_tensors_of_attention_are_those_of_the_model(name):
+    """All of them, and no others but biases that a normalization does not have."""
+    model = tiny_model(name)
+    layout = HeadLayout.of(model)
+    prefix = layout.prefix(path for path, _ in model.named_modules())
+    attention = prefix + layout.output_module(1).rpartition(".")[0] + "."
+    own = {tensor.removeprefix(prefix) for tensor in model.state_dict() if tensor.startswith(attention)}
+    known = layout.tensors(1, model.config)
+    assert own <= known
+    assert all("norm.bias" in tensor or "layernorm" in tensor for tensor in known - own)
+
+
 @pytest.mark.parametrize("index", [-1, 4, 100])
 def test_no_such_head_or_group(index):
     with pytest.raises(UserError, match=f"There is no query {index}"):

@@ -6,10 +6,12 @@ References are written anew here, in extended precision and from the formulas, a
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from tiny_models import TINY, tiny_model
 from torch import nn
 
 from alps_repro import HeadLayout, HeadScores, UserError, localize
-from alps_repro.scores import HEAD_MATRICES, METRICS
+from alps_repro.scores import HEAD_MATRICES, METRICS, _rounded
 
 #: Every metric with every ground that it has.
 KINDS = [*({"metric": m} for m in METRICS), {"metric": "pad", "ground": "value"}]
@@ -154,9 +156,11 @@ def test_released_reading_equals_concat_where_every_head_has_its_group(moved):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon_gqa"])
 @each_kind
 def test_equal_models_score_exactly_zero(name, kind):
+    """And scores of 0 alone are no scores."""
     for head_matrix in HEAD_MATRICES:
         base, _ = moved_everywhere(name)
-        assert not localize(base, copy.deepcopy(base), head_matrix=head_matrix, **kind).values.any()
+        with pytest.raises(UserError, match=r"No head of '.*' differs from"):
+            localize(base, copy.deepcopy(base), head_matrix=head_matrix, **kind)
 
 
 # --- shards, dtypes, threads, memory ---------------------------------------------------------------------------------
@@ -184,6 +188,87 @@ def test_bfloat16_checkpoints_lose_nothing(tmp_path):
     assert folders.all()
     assert np.array_equal(folders, localize(base, task).values)
     assert np.array_equal(folders, localize(base.float(), task.float()).values)
+
+
+STORED = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+PAIRS = [(one, other) for one in STORED for other in STORED]
+pair_names = [f"{one}-{other}".replace("torch.", "") for one, other in PAIRS]
+
+
+@pytest.mark.filterwarnings("ignore:.*is stored in")
+@pytest.mark.parametrize("stored", PAIRS, ids=pair_names)
+def test_rounding_is_no_change(tmp_path, stored):
+    """One model, saved in two dtypes, from numbers that neither of the shorter ones holds."""
+    source = tiny_model("llama")
+    with torch.no_grad():
+        for i, parameter in enumerate(source.parameters()):
+            # From 1e-9 to 1, where float16 has fewer digits than bfloat16 at one end and more at the other.
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            parameter.copy_(
+                drawn * 10 ** (-9 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(i)))
+            )
+    for folder, dtype in zip(("base", "task"), stored):
+        copy.deepcopy(source).to(dtype).save_pretrained(tmp_path / folder)
+    with pytest.raises(UserError, match="No head"):
+        localize(tmp_path / "base", tmp_path / "task", metric="l2", head_matrix="concat")
+
+
+@pytest.mark.parametrize("stored", PAIRS, ids=pair_names)
+def test_pairs_are_compared_in_the_coarser_dtype(tmp_path, stored):
+    base, task = moved_everywhere("llama")
+    for model, folder, dtype in ((base, "base", stored[0]), (task, "task", stored[1])):
+        copy.deepcopy(model).to(dtype).save_pretrained(tmp_path / folder)
+    folders = tmp_path / "base", tmp_path / "task"
+    if stored[0] == stored[1]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert localize(*folders).compared_in is None
+        return
+    coarser = (
+        torch.bfloat16 if torch.bfloat16 in stored else torch.float16 if torch.float16 in stored else torch.float32
+    )
+    name = str(coarser).removeprefix("torch.")
+    with pytest.warns(UserWarning, match=f"both are compared in {name}"):
+        scores = localize(*folders, metric="l2", head_matrix="concat")
+    assert scores.compared_in == name
+    if {torch.float16, torch.bfloat16} != set(stored):
+        alike = localize(base.to(coarser), task.to(coarser), metric="l2", head_matrix="concat")
+        assert np.array_equal(scores.values, alike.values)
+    # Of weights that were trained for real, rounding leaves nearly all of the change.
+    assert scores.values == close(
+        localize(*moved_everywhere("llama"), metric="l2", head_matrix="concat").values, rel=0.02
+    )
+
+
+def test_numbers_half_way_between_two_may_have_been_rounded_to_either():
+    """1 + 2 ** -8 lies between 1 and 1 + 2 ** -7 in bfloat16; a number just above it became the latter."""
+    half = torch.tensor([1 + 2**-8, 1 + 2**-8, 1 + 2**-8, 1.0], dtype=torch.float16)
+    brain = torch.tensor([1, 1 + 2**-7, 1 + 2**-6, 2**-30], dtype=torch.bfloat16)
+    for first, second, flip in ((half, brain, False), (brain, half, True)):
+        a, b = _rounded(first, second, (first.dtype, second.dtype))[:: -1 if flip else 1]
+        assert a.tolist() == [1, 1 + 2**-7, 1, 1]
+        assert b.tolist() == [1, 1 + 2**-7, 1 + 2**-6, 0]
+
+
+@pytest.mark.parametrize("coarse", [torch.float16, torch.bfloat16])
+def test_only_projections_in_different_dtypes_are_rounded(tmp_path, coarse):
+    base, task = moved_everywhere("llama")
+    exact = localize(base, task).values
+    task.model.layers[1].self_attn.to(coarse)
+    with pytest.warns(UserWarning, match="is stored in float32"):
+        scores = localize(base, task)
+    assert scores.compared_in == str(coarse).removeprefix("torch.")
+    assert np.array_equal(scores.values[0], exact[0])
+    assert (scores.values[1] != exact[1]).all()
+
+
+def test_numbers_too_large_for_the_coarser_dtype_stay_finite():
+    base, task = moved_everywhere("llama")
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[0, 0] = 1e6
+    for coarse in (torch.float16, torch.bfloat16):
+        with pytest.warns(UserWarning, match="compared in"):
+            assert np.isfinite(localize(base, task.to(coarse), metric="l2").values).all()
 
 
 def test_number_of_threads_changes_no_bit(first_layers):
@@ -619,6 +704,7 @@ def scores_of(values: list[list[float]]) -> HeadScores:
     return HeadScores(np.array(values, dtype=np.float64), layout, "base", "task")
 
 
+@pytest.mark.filterwarnings("ignore:The selection")
 def test_top_and_bottom_round_up_and_break_ties_downwards():
     scores = scores_of([[1, 3, 2], [3, 0, 3], [0, 2, 1]])
     assert scores.top(ONE_HEAD).heads == ((0, 1),)
@@ -630,6 +716,41 @@ def test_top_and_bottom_round_up_and_break_ties_downwards():
     assert len(scores.top(1.0)) == 9
 
 
+@pytest.mark.parametrize(
+    ("values", "ratio", "says"),
+    [
+        ([[1, 3, 2], [3, 0, 3], [0, 2, 1]], 0.2, "2 of 3 heads of the same score, 3"),
+        ([[1, 3, 2], [3, 0, 3], [0, 2, 1]], 0.3, None),
+        ([[1, 3, 2], [3, 0, 3], [0, 2, 1]], 0.4, "1 of 2 heads of the same score, 2"),
+        ([[1, 3, 2], [3, 0, 3], [0, 2, 1]], 0.85, "1 of 2 heads of the same score, 0"),
+        ([[1, 3, 2], [3, 0, 3], [0, 2, 1]], 1, None),
+        ([[0, 0, 0], [0.5, 0, 0]], 0.5, "2 of 5 heads of the same score, 0"),
+        ([[1, 2, 3, 4]], 0.5, None),
+        ([[-1, -1, 2, 4]], 0.75, "1 of 2 heads of the same score, -1"),
+    ],
+)
+def test_ties_at_the_edge_are_said(values, ratio, says):
+    negative = scores_of((-np.array(values)).tolist())
+    for select in (scores_of(values).top, negative.bottom):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            select(ratio)
+        said = [str(warning.message) for warning in caught]
+        assert len(said) == (says is not None)
+        assert says is None or says.partition(",")[0] in said[0]
+        assert says is None or select == negative.bottom or f"{says}:" in said[0]
+
+
+def test_scores_without_a_difference_select_nothing():
+    assert scores_of([[1, 2]]).checked().values.any()
+    with pytest.raises(UserError, match="No head of 'task' differs from 'base'"):
+        scores_of([[0.0] * 4] * 3).checked()
+    with pytest.raises(UserError, match="All heads of 'task' have the same score"):
+        scores_of([[0.3] * 4] * 3).checked()
+    assert scores_of([[0.3]]).checked()  # of a model with one head
+
+
+@pytest.mark.filterwarnings("ignore:The selection")
 def test_all_equal_scores_select_in_order():
     scores = scores_of([[0.0] * 4] * 3)
     assert scores.top(0.5).heads == scores.bottom(0.5).heads == ((0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1))
@@ -653,6 +774,15 @@ def test_save_and_load_keep_every_bit(tmp_path):
     assert loaded.values.dtype == np.float64
     assert loaded.dump() == scores.dump()
     assert loaded.layout == scores.layout
+
+
+def test_scores_say_what_they_were_compared_in_where_that_was_not_what_is_stored(tmp_path):
+    assert "compared_in" not in scores_of([[1, 2]]).dump()
+    scores = dataclasses.replace(scores_of([[1, 2]]), compared_in="bfloat16")
+    scores.save(tmp_path / "scores.json")
+    assert HeadScores.load(tmp_path / "scores.json").compared_in == "bfloat16"
+    scores_of([[1, 2]]).save(tmp_path / "scores.json")
+    assert HeadScores.load(tmp_path / "scores.json").compared_in is None
 
 
 @pytest.mark.parametrize(
@@ -723,3 +853,15 @@ def test_heatmap_marks_the_selected_heads():
     assert {(int(y), int(x)) for x, y in marks.get_offsets()} == set(scores.top(0.2).heads)
     assert np.array_equal(axes.images[0].get_array().data, scores.values)
     assert axes.images[0].origin == "lower"
+
+
+def test_heatmap_says_ties_and_what_was_compared():
+    plain = scores_of(np.arange(20.0).reshape(4, 5) + 1).heatmap(0.2)
+    assert plain.legends[0].get_texts()[0].get_text() == "top 20% (4 heads)"
+    assert plain.axes[1].get_ylabel() == "pad (product)"
+    tied = dataclasses.replace(scores_of(np.eye(2, 8)), compared_in="float16").heatmap(0.25)
+    assert tied.legends[0].get_texts()[0].get_text().split("\n") == [
+        "top 25% (4 heads),",
+        "ending among 2 of 14 heads of the same score, 0",
+    ]
+    assert tied.axes[1].get_ylabel() == "pad (product), compared in float16"
