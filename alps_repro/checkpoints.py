@@ -245,6 +245,8 @@ def load_model(
         import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
 
         base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype, device=device)
+        if (folder / "tokenizer_config.json").exists():  # of an adapter that was trained with another one
+            tokenizer = _tokenizer(folder, base, name)
         try:
             return PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval(), tokenizer
         except Exception as error:
@@ -255,7 +257,7 @@ def load_model(
             ) from error
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if dtype is None and gpu and quantization != "none":
         dtype = torch.bfloat16
@@ -286,7 +288,6 @@ def load_model(
             **kwargs,
         )
         _check_vocabulary(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
@@ -303,9 +304,7 @@ def load_model(
     _check_tensors(model, report["unexpected_keys"], folder, where, name)
     if quantization != "none" and not any(hasattr(m, "source_cls") for m in model.modules()):
         raise UserError(f"bitsandbytes finds nothing to quantize in '{name}' ({model.config.model_type}): use 'none'.")
-    _check_tokenizer(tokenizer, model, name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer(folder, model, name)
     for module in model.modules():
         # On CPUs with AVX512-BF16 the first forward would repack NF4 weights in place, and they could never be
         # dequantized again.
@@ -483,6 +482,22 @@ def _check_vocabulary(folder: Path) -> None:
         raise UserError(
             f"'{folder}' cannot be loaded: it holds no tokenizer ({', '.join(VOCABULARIES)}); save the model's there."
         )
+
+
+def _tokenizer(folder: Path, model: torch.nn.Module, name: str | Path) -> Any:
+    """The tokenizer in a folder, padding on the left; one that does not fit the model is refused."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+    except Exception as error:
+        raise explained(error) or UserError(
+            f"The tokenizer of '{name}' cannot be loaded ({_first_line(error)}): check that its folder is complete."
+        ) from error
+    _check_tokenizer(tokenizer, model, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _check_tokenizer(tokenizer: Any, model: torch.nn.Module, name: str | Path) -> None:

@@ -545,6 +545,11 @@ class Profile(Settings):
         folder = Path(__file__).parents[1] / "profiles"
         name = str(name)
         path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+        if not folder.is_dir() and path.parent == folder:
+            raise UserError(
+                f"The profile '{name}' is not part of an installed package: run in a clone of its repository, or give "
+                "a profile's file."
+            )
         if not os.path.isfile(path):  # Path.is_file raises where a name is too long
             raise UserError(f"There is no profile '{name}': {nearest(name, [p.stem for p in folder.glob('*.yaml')])}")
         try:

@@ -139,6 +139,8 @@ def reproduce(name: str, say: Callable[[str], None]) -> Path:
         UserError: a run failed; all that does not need it has been made.
     """
     profile = Profile.load(name)
+    if not SNAKEFILE.exists():
+        raise UserError("The workflow and its notebooks are not part of an installed package: run in a clone of it.")
     results = Path(profile.results)
     code, lines = _workflow(name, say)
     while code and any(busy(results) in line for line in lines):

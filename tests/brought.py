@@ -14,8 +14,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "inputs.md"
 
 HEAD = """# What people bring
 
-Inputs that are wrong, unusual or ambiguous, and what happens. Where an input is refused, the second column quotes a part
-of the sentence that refuses it. The tables are made from the parameters of the tests in `tests/inputs`
+Inputs that are wrong, unusual or ambiguous, and what happens. Where an input is refused, the second column quotes a
+part of the sentence that refuses it. The tables are made from the parameters of the tests in `tests/inputs`
 (`python tests/brought.py`); each row is tested.
 """
 
