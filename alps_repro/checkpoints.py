@@ -333,8 +333,9 @@ def _stored_quantization(config: Any) -> dict[str, Any]:
     for own in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
             found = getattr(own, key, None)
+            found = found.to_dict() if hasattr(found, "to_dict") else found
             if found:
-                return dict(found if isinstance(found, dict) else found.to_dict())
+                return dict(found) if isinstance(found, dict) else {"quant_method": found}
     return {}
 
 
@@ -412,7 +413,7 @@ def _predicting_layers(config: Any) -> range:
     """Numbers of the layers for multi-token prediction, which stand behind the model's own (DeepSeek, GLM)."""
     text = config.get_text_config()
     layers, more = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
-    return range(layers, layers + more) if isinstance(more, int) else range(0)
+    return range(layers, layers + more) if isinstance(layers, int) and isinstance(more, int) else range(0)
 
 
 def _check_tensors(

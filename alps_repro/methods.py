@@ -53,7 +53,7 @@ def _checked(layout: HeadLayout, scores: HeadScores | None) -> HeadScores:
     assert scores is not None  # `finetune` has asked for them
     if scores.layout != layout:
         raise UserError("The head scores belong to a model of another shape than the one to be trained: localize it.")
-    return scores.checked()
+    return scores
 
 
 def row_weights(heads: HeadSelection) -> int:

@@ -374,6 +374,8 @@ def finetune(
             rank = METHODS[method].rank(layout, ratio, stored)
         else:
             heads = METHODS[method].select(layout, ratio, stored, choice_seed)
+        if METHODS[method].uses_scores:
+            stored.checked()
     total = sum(p.numel() for p in model.parameters()) if quantization == "none" else model.num_parameters()
     if heads is None and rank is None and scope == "heads":
         return Finetuned(resolve(base), (), (), 0, total, 0, "")

@@ -141,7 +141,7 @@ def commands(program: str) -> list[list[str]]:
 
 
 def test_commands_of_the_readme_run_on_a_tiny_model(tmp_path, monkeypatch):
-    base = tiny_checkpoint(tmp_path / "base")
+    base, task = tiny_checkpoint(tmp_path / "base"), tiny_checkpoint(tmp_path / "task", seed=1)
     profile = tmp_path / "tiny.yaml"
     settings = {
         "results": str(tmp_path / "cpu"),
@@ -154,7 +154,7 @@ def test_commands_of_the_readme_run_on_a_tiny_model(tmp_path, monkeypatch):
     profile.write_text(yaml.safe_dump(settings))
     for cell in evaluations(Profile.load(str(profile))).values():
         evaluate_run(cell.config, tmp_path / "cpu", progress=False)
-    stand_ins = {"BASE": str(base), "TASK": str(base), "smollm2-135m": str(base), "max_steps=40": "max_steps=2"}
+    stand_ins = {"BASE": str(base), "TASK": str(task), "smollm2-135m": str(base), "max_steps=40": "max_steps=2"}
     stand_ins |= {"cpu": str(profile), "100": "8"}
     monkeypatch.chdir(tmp_path)
     ran = [words for words in commands("alps-repro") if words[0] != "reproduce"]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from brought import brought as row
+from datasets import Dataset
 from peft import get_peft_model
 from tiny_models import tiny_checkpoint, tiny_model
 
-from alps_repro import AlpsConfig, HeadScores, UserError, localize
+from alps_repro import AlpsConfig, HeadScores, UserError, finetune, localize
 from alps_repro.heads import HeadLayout
 from alps_repro.methods import METHODS
 from alps_repro.selectors import select_by
@@ -157,15 +158,14 @@ def test_selections_that_end_among_equals(values: list[list[float]], happens: st
         ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The selection")
 def test_scores_without_a_difference(tmp_path: Path, values: np.ndarray, happens: str) -> None:
-    layout = HeadLayout("llama", 2, 4, 2, 8, 32)
-    HeadScores(values, layout, "base", "task").save(tmp_path / "scores.json")
-    scores = HeadScores.load(tmp_path / "scores.json")
-    for name, method in METHODS.items():
-        if method.uses_scores:
-            with pytest.raises(UserError, match=happens):
-                (method.select or method.rank)(layout, 0.25, scores, *([0] if method.select else []))
-            assert name
+    base, rows = tiny_checkpoint(tmp_path / "base"), Dataset.from_list([{"instruction": "a", "response": "b"}] * 4)
+    HeadScores(values, HeadLayout("llama", 2, 4, 2, 8, 32), "base", "task").save(tmp_path / "scores.json")
+    for method in ("alps", "bottom", "random_matched", "lora_matched", "hifi_offset"):
+        with pytest.raises(UserError, match=happens):
+            finetune(base, rows, tmp_path / "out", method=method, scope="heads", scores=tmp_path / "scores.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_selectors_without_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
