@@ -50,8 +50,8 @@ from alps_repro.records import (
     write_whole,
 )
 from alps_repro.scores import HeadScores, localize
-from alps_repro.selectors import MAX_LENGTH, SELECTORS, batches, select_by
-from alps_repro.training import finetune, longest
+from alps_repro.selectors import SELECTORS, model_and_batches, select_by
+from alps_repro.training import finetune
 
 
 def done(config: Config, results: str | Path) -> Record | None:
@@ -447,13 +447,16 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
     """
 
     def make(outcome: Outcome, before: tuple[Record, Path]) -> None:
-        import torch
-
         folder = before[1]
-        model, tokenizer = load_model(folder, dtype=torch.float32, device=config.device)
-        fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": config.max_lost}
-        asked, data = batches(config.task_model.dataset, config.questions, tokenizer, config.batch_size, **fit)
-        lost = importance(model, asked, progress=progress)
+        model, examples, data = model_and_batches(
+            folder,
+            config.task_model.dataset,
+            config.questions,
+            size=config.batch_size,
+            max_lost=config.max_lost,
+            device=config.device,
+        )
+        lost = importance(model, examples, progress=progress)
         scores = {
             name: localize(config.base, folder, head_matrix=config.head_matrix, **READINGS[name]).values.tolist()
             for name in COMPARED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from alps_repro.importance import importance
 from alps_repro.scores import RESULT, HeadScores
 from alps_repro.text import MAX_LOST
 from alps_repro.training import Collate, check_rows, longest, tokenize_and_count
+
+if TYPE_CHECKING:
+    import torch
 
 #: Tokens of an example that heads are chosen by, where the model has the positions.
 MAX_LENGTH = 2048
@@ -59,43 +62,39 @@ def scale_norm(base: str | Path, task: str | Path, **_: Any) -> np.ndarray:
     return norms(load_file(folder / "adapter_model.safetensors"), HeadLayout.of(load_config(resolve(base))))
 
 
-def importance_of(
-    base: str | Path,
-    task: str | Path,
-    *,
+def model_and_batches(
+    folder: str | Path,
     dataset: str,
     questions: int,
+    *,
+    size: int = 16,
     max_lost: float = MAX_LOST,
     device: str = "auto",
-    progress: bool = False,
-) -> np.ndarray:
-    """Eq. 3's: what the task model, in float32, loses on examples of a data set with each head silenced, nats a token.
+) -> tuple[torch.nn.Module, list[dict[str, Any]], str]:
+    """A stored model in float32, the batches of a data set that its heads are scored on, and their hash.
 
-    device: of `devices.DEVICES`.
+    max_lost: as in `batches`. device: of `devices.DEVICES`.
     """
     import torch
 
-    model, tokenizer = load_model(task, dtype=torch.float32, device=device)
-    fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": max_lost}
-    return importance(model, batches(dataset, questions, tokenizer, **fit)[0], progress=progress)
+    model, tokenizer = load_model(folder, dtype=torch.float32, device=device)
+    length = longest(model, MAX_LENGTH)
+    return model, *batches(dataset, questions, tokenizer, size, max_length=length, max_lost=max_lost)
 
 
-def richness_of(
-    base: str | Path,
-    task: str | Path,
-    *,
-    dataset: str,
-    questions: int,
-    max_lost: float = MAX_LOST,
-    device: str = "auto",
-    progress: bool = False,
-) -> np.ndarray:
-    """HiFi's: of the base's own results, in float32, on examples of a data set; device: of `devices.DEVICES`."""
-    import torch
+def importance_of(base: str | Path, task: str | Path, *, progress: bool = False, **examples: Any) -> np.ndarray:
+    """Eq. 3's: what the task model loses on examples with each head zero-ablated, nats a token.
 
-    model, tokenizer = load_model(base, dtype=torch.float32, device=device)
-    fit = {"max_length": longest(model, MAX_LENGTH), "max_lost": max_lost}
-    return hifi(model, batches(dataset, questions, tokenizer, **fit)[0], progress=progress)
+    examples: as `model_and_batches` takes them.
+    """
+    model, data, _ = model_and_batches(task, **examples)
+    return importance(model, data, progress=progress)
+
+
+def richness_of(base: str | Path, task: str | Path, *, progress: bool = False, **examples: Any) -> np.ndarray:
+    """HiFi's: of the base's own per-head attention outputs on examples, as `model_and_batches` takes them."""
+    model, data, _ = model_and_batches(base, **examples)
+    return hifi(model, data, progress=progress)
 
 
 #: By the names of `scores.RESULT_METRICS`.
