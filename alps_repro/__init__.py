@@ -10,39 +10,51 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alps_repro.checkpoints import load_model
     from alps_repro.errors import UserError
-    from alps_repro.evaluation import Evaluation, evaluate
-    from alps_repro.heads import HeadLayout, HeadSelection
-    from alps_repro.recipe import Profile, Recipe, check_parameters
-    from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
-    from alps_repro.scores import HeadScores, localize
-    from alps_repro.training import Finetuned, finetune
-    from alps_repro.tuner import AlpsConfig, JolaConfig, LofitConfig
+    from alps_repro.evaluation.harness import Evaluation, evaluate
+    from alps_repro.experiments.notebooks import check_parameters
+    from alps_repro.experiments.profile import Profile
+    from alps_repro.experiments.runs import (
+        embed_run,
+        evaluate_run,
+        finetune_run,
+        importance_run,
+        localize_run,
+        recall_run,
+    )
+    from alps_repro.heads.layout import HeadLayout
+    from alps_repro.heads.selection import HeadSelection
+    from alps_repro.localization.scores import HeadScores, localize
+    from alps_repro.models.loading import load_model
+    from alps_repro.training.finetune import Finetuned, finetune
+    from alps_repro.training.recipe import Recipe
+    from alps_repro.tuner.jola import JolaConfig
+    from alps_repro.tuner.lofit import LofitConfig
+    from alps_repro.tuner.rows import AlpsConfig
 
 _WHERE = {
-    "AlpsConfig": "tuner",
-    "Evaluation": "evaluation",
-    "Finetuned": "training",
-    "HeadLayout": "heads",
-    "HeadScores": "scores",
-    "HeadSelection": "heads",
-    "JolaConfig": "tuner",
-    "LofitConfig": "tuner",
-    "Profile": "recipe",
-    "Recipe": "recipe",
+    "AlpsConfig": "tuner.rows",
+    "Evaluation": "evaluation.harness",
+    "Finetuned": "training.finetune",
+    "HeadLayout": "heads.layout",
+    "HeadScores": "localization.scores",
+    "HeadSelection": "heads.selection",
+    "JolaConfig": "tuner.jola",
+    "LofitConfig": "tuner.lofit",
+    "Profile": "experiments.profile",
+    "Recipe": "training.recipe",
     "UserError": "errors",
-    "check_parameters": "recipe",
-    "evaluate": "evaluation",
-    "embed_run": "runs",
-    "evaluate_run": "runs",
-    "finetune": "training",
-    "finetune_run": "runs",
-    "importance_run": "runs",
-    "load_model": "checkpoints",
-    "localize": "scores",
-    "localize_run": "runs",
-    "recall_run": "runs",
+    "check_parameters": "experiments.notebooks",
+    "evaluate": "evaluation.harness",
+    "embed_run": "experiments.runs",
+    "evaluate_run": "experiments.runs",
+    "finetune": "training.finetune",
+    "finetune_run": "experiments.runs",
+    "importance_run": "experiments.runs",
+    "load_model": "models.loading",
+    "localize": "localization.scores",
+    "localize_run": "experiments.runs",
+    "recall_run": "experiments.runs",
 }
 
 __all__ = sorted(_WHERE)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from alps_repro.data.prompts import MAX_LOST, said_lost
 from alps_repro.errors import UserError
-from alps_repro.text import MAX_LOST, said_lost
 
 app = typer.Typer(
     name="alps-repro",
@@ -30,7 +30,7 @@ Results = Annotated[Path, typer.Option(help="Folder for records, tables, figures
 def _recipe(assignments: list[str] | None) -> Any:
     import yaml
 
-    from alps_repro.recipe import Recipe
+    from alps_repro.training.recipe import Recipe
 
     settings = {}
     for assignment in assignments or []:
@@ -63,9 +63,10 @@ def localize(
     """Score every head by how far it moved, print the highest, write scores and heat map."""
     from rich.table import Table
 
-    from alps_repro import figures
-    from alps_repro.recipe import LocalizeConfig, check_ratio
-    from alps_repro.runs import localize_run
+    from alps_repro.analysis import figures
+    from alps_repro.experiments.configs import LocalizeConfig
+    from alps_repro.experiments.runs import localize_run
+    from alps_repro.training.methods import check_ratio
 
     check_ratio(ratio)
     config = LocalizeConfig.check(
@@ -107,9 +108,9 @@ def finetune(
 ) -> None:
     """Fine-tune a method's heads and save the model."""
     from alps_repro.errors import one_of
-    from alps_repro.methods import METHODS
-    from alps_repro.recipe import FinetuneConfig, LocalizeConfig
-    from alps_repro.runs import finetune_run
+    from alps_repro.experiments.configs import FinetuneConfig, LocalizeConfig
+    from alps_repro.experiments.runs import finetune_run
+    from alps_repro.training.methods import METHODS
 
     one_of("method", method, METHODS)
     recipe, localization = _recipe([*(setting or []), *([f"device={device}"] if device else [])]), None
@@ -157,9 +158,9 @@ def evaluate(
     results: Results = Path("results/shell"),
 ) -> None:
     """Evaluate a model with lm-evaluation-harness."""
-    from alps_repro.recipe import EvaluateConfig
-    from alps_repro.runs import evaluate_run
-    from alps_repro.tables import lower_is_better
+    from alps_repro.analysis.tables import lower_is_better
+    from alps_repro.experiments.configs import EvaluateConfig
+    from alps_repro.experiments.runs import evaluate_run
 
     config = EvaluateConfig.check(
         model=model,
@@ -191,12 +192,12 @@ def table(
     tables: Annotated[list[str] | None, typer.Argument(help="Which of the profile's tables; all by default.")] = None,
 ) -> None:
     """Make tables from records: a folder's summary, or a profile's tables of the paper."""
-    from alps_repro.tables import of_profile, write_paper_table, write_summary
+    from alps_repro.analysis.tables import of_profile, write_paper_table, write_summary
 
     if tables is None and (Path(of) / "records").is_dir():
         made = [write_summary(of)[1]]
     else:
-        from alps_repro.recipe import Profile
+        from alps_repro.experiments.profile import Profile
 
         profile = Profile.load(of)
         made = [write_paper_table(profile, name) for name in tables or of_profile(profile)]
@@ -209,8 +210,8 @@ def table(
 @app.command()
 def tidy(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")]) -> None:
     """Remove the tuned models that nothing of a profile needs any more; records stay."""
-    from alps_repro.recipe import Profile
-    from alps_repro.reproduce import remove_models
+    from alps_repro.experiments.profile import Profile
+    from alps_repro.experiments.workflow import remove_models
 
     for path in remove_models(Profile.load(profile)):
         console.print(f"removed {path}", soft_wrap=True)
@@ -222,8 +223,8 @@ def figure(
     figures: Annotated[list[str] | None, typer.Argument(help="Which of its figures; all by default.")] = None,
 ) -> None:
     """Make a profile's figures of the paper from its records."""
-    from alps_repro.figures import of_profile, write_figure
-    from alps_repro.recipe import Profile
+    from alps_repro.analysis.figures import of_profile, write_figure
+    from alps_repro.experiments.profile import Profile
 
     settings = Profile.load(profile)
     for name in figures or of_profile(settings):
@@ -236,7 +237,7 @@ def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or 
     """Make all of a profile's runs, tables, figures and notebooks, and print what came out."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from alps_repro.reproduce import reproduce as execute
+    from alps_repro.experiments.workflow import reproduce as execute
 
     start = time.perf_counter()
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
@@ -262,8 +263,8 @@ def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or 
 @app.command()
 def report(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")] = "quick") -> None:
     """Make a profile's report: static pages in which every number leads to its runs."""
-    from alps_repro.recipe import Profile
-    from alps_repro.report import write_report
+    from alps_repro.experiments.profile import Profile
+    from alps_repro.report.build import write_report
 
     console.print(str(write_report(Profile.load(profile))), soft_wrap=True)
 
@@ -277,8 +278,8 @@ def cite(
     model: Annotated[str | None, typer.Option(help="Where the profile has several.")] = None,
 ) -> None:
     """Print a number of a table with its interval, what was run for it, and BibTeX."""
-    from alps_repro.cite import cite as cited
-    from alps_repro.recipe import Profile
+    from alps_repro.analysis.cite import cite as cited
+    from alps_repro.experiments.profile import Profile
 
     console.print(str(cited(Profile.load(profile), table, row, column, model)), soft_wrap=True, markup=False)
 
@@ -291,8 +292,8 @@ def verify(
     ] = None,
 ) -> None:
     """Run a record's configuration again and hold the numbers against the record's."""
-    from alps_repro.cite import what_was_run
-    from alps_repro.verify import verify as verified
+    from alps_repro.analysis.cite import what_was_run
+    from alps_repro.analysis.verify import verify as verified
 
     found = verified(record, results)
     say = [what_was_run([found.record]), "", *found.told()]
@@ -310,9 +311,9 @@ def plan(
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from alps_repro.plan import assumptions
-    from alps_repro.plan import plan as planned
-    from alps_repro.recipe import Profile
+    from alps_repro.experiments.plan import assumptions
+    from alps_repro.experiments.plan import plan as planned
+    from alps_repro.experiments.profile import Profile
 
     settings = Profile.load(profile)
     kinds = planned(settings, card)

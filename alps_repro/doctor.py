@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from alps_repro.checkpoints import EMBEDDED, GGUF_SHA256, cache_folder
 from alps_repro.devices import hidden, present, unusable
-from alps_repro.sandbox import why_not
+from alps_repro.evaluation.sandbox import why_not
+from alps_repro.models.embedded import EMBEDDED, GGUF_SHA256, cache_folder
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
 

@@ -35,7 +35,7 @@ def random_checkpoint(name: str, folder: Path) -> Path:
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    from alps_repro.plan import KNOWN
+    from alps_repro.experiments.plan import KNOWN
 
     shape = KNOWN[name]
     config = LlamaConfig(
@@ -89,8 +89,8 @@ def measure(name: str, checkpoint: Path, variant: str) -> dict:
 
 def planned(name: str, variant: str) -> float | None:
     """What the plan says that torch holds at most, for variants that are methods of the package."""
-    from alps_repro.plan import Lengths, memory
-    from alps_repro.recipe import FinetuneConfig
+    from alps_repro.experiments.configs import FinetuneConfig
+    from alps_repro.experiments.plan import Lengths, memory
 
     methods = {
         "alps_heads": ("random", "heads"),

@@ -22,7 +22,8 @@ from scipy.stats import wasserstein_distance
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from alps_repro import HeadLayout, localize
-from alps_repro.checkpoints import embedded_model, open_attention
+from alps_repro.models.attention import open_attention
+from alps_repro.models.embedded import embedded_model
 
 #: Llama-3.1-8B's attention (its config.json), with as many layers as are measured.
 LLAMA_8B = {

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alps_repro.checkpoints import cache_folder
-from alps_repro.records import provenance, write_whole
+from alps_repro.experiments.records import provenance, write_whole
+from alps_repro.models.embedded import cache_folder
 
 DATA = cache_folder() / "benchmarks"
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 from measured import RESULTS, median
 
-from alps_repro.records import load_records, write_whole
+from alps_repro.experiments.records import load_records, write_whole
 
 
 def spread(values: list[float], unit: str = " s", digits: int = 2) -> str:
@@ -131,10 +131,10 @@ MEASURED = {"shira": "shira_matched", "dora": "dora_matched", "offsets": "offset
 
 def methods(found: dict) -> pd.DataFrame:
     """Every method in scope heads: what it trains, which heads, of what base; trained parameters, and a step's time."""
-    from alps_repro.adapters import ADAPTERS
-    from alps_repro.methods import METHODS
-    from alps_repro.plan import trained_parameters
-    from alps_repro.recipe import FinetuneConfig, LocalizeConfig
+    from alps_repro.experiments.configs import FinetuneConfig, LocalizeConfig
+    from alps_repro.experiments.plan import trained_parameters
+    from alps_repro.training.adapters import ADAPTERS
+    from alps_repro.training.methods import METHODS
 
     rows = []
     for name, method in METHODS.items():

@@ -52,12 +52,13 @@ def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: obje
 
     heads: the selection of 10 %. rows: as `training.tokenize` makes them.
     """
+    from alps_repro.training.finetune.finetune import trainable
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq
 
     from alps_repro import HeadSelection
-    from alps_repro.training import Collate, trainable
-    from alps_repro.tuner import AlpsModel
+    from alps_repro.data.prompts import Collate
+    from alps_repro.tuner.rows import AlpsModel
 
     layout, collate = heads.layout, Collate(tokenizer.pad_token_id, "response")
     if variant in ("alps_heads", "alps_all"):
@@ -83,8 +84,8 @@ def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: obje
         lora = LoraConfig(r=128, target_modules=["q_proj", "k_proj", "v_proj"])
         return get_peft_model(model, lora), rows, collate
     if variant in ADAPTED:
-        from alps_repro.adapters import lora_weights
-        from alps_repro.methods import row_weights
+        from alps_repro.training.adapters import lora_weights
+        from alps_repro.training.methods import row_weights
 
         rank = round(row_weights(heads) / lora_weights(layout))
         heads = HeadSelection.all(layout) if variant == "jola" else heads
@@ -150,8 +151,8 @@ def run(variant: str) -> dict:
     from transformers import set_seed
 
     from alps_repro import HeadLayout, HeadSelection, load_model
-    from alps_repro.data import training_examples
-    from alps_repro.training import tokenize
+    from alps_repro.data.datasets import training_examples
+    from alps_repro.data.prompts import tokenize
 
     set_seed(0)
     model, tokenizer = load_model("smollm2-135m")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alps_repro.checkpoints import embedded_model
+from alps_repro.models.embedded import embedded_model
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from alps_repro.evaluation import OFFLINE_METRIC
-from alps_repro.experiments import Cell, cells
-from alps_repro.heads import head_count
-from alps_repro.recipe import FinetuneConfig, Profile
-from alps_repro.records import KINDS, Config, Cost, Provenance, Record
-from alps_repro.tables import lower_is_better
+from alps_repro.analysis.tables import lower_is_better
+from alps_repro.evaluation.benchmarks import OFFLINE_METRIC
+from alps_repro.experiments.configs import FinetuneConfig
+from alps_repro.experiments.grid import Cell, cells
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import KINDS, Config, Cost, Provenance, Record
+from alps_repro.heads.selection import head_count
 
 LAYOUT = {"architecture": "llama", "layers": 6, "heads": 8, "groups": 4, "head_dim": 8, "hidden_size": 64}
 

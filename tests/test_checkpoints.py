@@ -16,19 +16,11 @@ from tiny_models import TINY, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import nn
 
 from alps_repro import HeadLayout, UserError, load_model, localize
-from alps_repro.checkpoints import (
-    ADAPTER,
-    INDEX,
-    SINGLE,
-    adapter_base,
-    is_adapter,
-    load_config,
-    model_hash,
-    open_attention,
-    resolve,
-)
-from alps_repro.tuner import ROWS, AlpsConfig
+from alps_repro.models.attention import open_attention
+from alps_repro.models.files import INDEX, SINGLE
+from alps_repro.models.folders import ADAPTER, adapter_base, is_adapter, load_config, model_hash, resolve
 from alps_repro.tuner.base import dense_weight
+from alps_repro.tuner.rows import ROWS, AlpsConfig
 
 #: A projection in the middle of the tiny Llama.
 KEY = "model.layers.1.self_attn.k_proj.weight"

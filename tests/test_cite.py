@@ -11,12 +11,12 @@ import yaml
 from test_report import tiny_profile
 from typer.testing import CliRunner
 
-from alps_repro.cite import CITATION, cite, listed, package_bibtex, what_was_run
+from alps_repro.analysis.cite import CITATION, cite, listed, package_bibtex, what_was_run
+from alps_repro.analysis.tables import write_paper_table
 from alps_repro.cli import app
 from alps_repro.errors import UserError
-from alps_repro.recipe import Profile
-from alps_repro.records import load_records
-from alps_repro.tables import write_paper_table
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_records
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,22 @@ import pytest
 from scipy.stats import t
 from synthetic import measure, right_answers, small_profile
 
-from alps_repro import claims
-from alps_repro.claims import CLAIMS, MARGINS, Block, Effect, decided, differences, effect, verdict, write_claims
+from alps_repro.analysis import claims
+from alps_repro.analysis.claims import (
+    CLAIMS,
+    MARGINS,
+    Block,
+    Effect,
+    decided,
+    differences,
+    effect,
+    verdict,
+    write_claims,
+)
 from alps_repro.errors import UserError
-from alps_repro.experiments import TABLES
-from alps_repro.recipe import Profile
-from alps_repro.records import load_record
+from alps_repro.experiments.grid import TABLES
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_record
 
 # The interval.
 
@@ -275,7 +285,7 @@ def test_known_advantage(tmp_path: Path) -> None:
 
 
 def test_effect_is_the_difference_of_the_scores(tmp_path: Path) -> None:
-    from alps_repro.tables import paper_table
+    from alps_repro.analysis.tables import paper_table
 
     profile = small_profile(tmp_path)
     measure(profile, shares(alps=0.7, random=0.55))

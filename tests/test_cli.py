@@ -16,13 +16,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro import doctor, tables
+from alps_repro import doctor
+from alps_repro.analysis import tables
 from alps_repro.cli import app, main
-from alps_repro.experiments import evaluations
-from alps_repro.recipe import Profile
-from alps_repro.records import load_records
-from alps_repro.runs import evaluate_run
-from alps_repro.scores import HeadScores
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_records
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.localization.scores import HeadScores
 
 SMALL = [f"--set={setting}" for setting in ("max_steps=2", "batch_size=2", "micro_batch_size=2", "learning_rate=1e-3")]
 

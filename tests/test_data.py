@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, load_dataset
 
-from alps_repro import data
-from alps_repro.data import DATASETS, HUB, OFFLINE, TEST_SIZE, VALIDATION_SIZE, data_hash, offline_splits
-from alps_repro.data import training_examples as examples
+from alps_repro.data import datasets as data
+from alps_repro.data.datasets import DATASETS, HUB, OFFLINE, TEST_SIZE, VALIDATION_SIZE, data_hash, offline_splits
+from alps_repro.data.datasets import training_examples as examples
 from alps_repro.errors import UserError
 
 FILES = Path(__file__).parent / "data"

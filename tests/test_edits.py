@@ -27,7 +27,11 @@ from transformers import (
 
 from alps_repro import HeadLayout, load_model
 from alps_repro.errors import UserError
-from alps_repro.tuner import AlpsConfig, JolaConfig, LofitConfig, fingerprint, jola, lofit
+from alps_repro.tuner import jola, lofit
+from alps_repro.tuner.base import fingerprint
+from alps_repro.tuner.jola import JolaConfig
+from alps_repro.tuner.lofit import LofitConfig
+from alps_repro.tuner.rows import AlpsConfig
 
 #: Everything that the two can be.
 CONFIGS: dict[str, Any] = {

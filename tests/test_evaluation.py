@@ -20,13 +20,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tiny_models import tiny_checkpoint
 
-from alps_repro import evaluation
-from alps_repro.checkpoints import load_model
-from alps_repro.data import OFFLINE, PROMPT, VALIDATION_SIZE, offline_splits
+from alps_repro.data.datasets import OFFLINE, VALIDATION_SIZE, offline_splits
+from alps_repro.data.prompts import PROMPT
 from alps_repro.errors import UserError
-from alps_repro.evaluation import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS, Evaluation, _score, evaluate
-from alps_repro.sandbox import Outcome, why_not
-from alps_repro.tasks import offline
+from alps_repro.evaluation import harness as evaluation
+from alps_repro.evaluation.benchmarks import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS
+from alps_repro.evaluation.harness import Evaluation, _score, evaluate
+from alps_repro.evaluation.sandbox import Outcome, why_not
+from alps_repro.evaluation.tasks import offline
+from alps_repro.models.loading import load_model
 
 #: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
 try:

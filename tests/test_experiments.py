@@ -13,12 +13,14 @@ import pandas as pd
 import pytest
 from synthetic import small_profile
 
-from alps_repro import paper, tables
+from alps_repro.analysis import paper, tables
 from alps_repro.errors import UserError
-from alps_repro.experiments import _SOURCE_ROWS, TABLES, Cell, cells, evaluations
-from alps_repro.heads import HeadSelection
-from alps_repro.methods import METHODS, Method
-from alps_repro.recipe import SOURCES, EvaluateConfig, FinetuneConfig, Profile
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
+from alps_repro.experiments.configure import SOURCES
+from alps_repro.experiments.grid import _SOURCE_ROWS, TABLES, Cell, cells, evaluations
+from alps_repro.experiments.profile import Profile
+from alps_repro.heads.selection import HeadSelection
+from alps_repro.training.methods import METHODS, Method
 
 ROOT = Path(__file__).parents[1]
 PROFILES = ["quick", "cpu", "paper", "gpu-4bit"]

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import BertConfig, BloomConfig, Gemma3Config, LlamaConfig, OPTConfig, T5Config
 
 from alps_repro import HeadLayout, HeadSelection, UserError
-from alps_repro.heads import ARCHITECTURES, PARTS, head_count
+from alps_repro.heads.layout import ARCHITECTURES, PARTS
+from alps_repro.heads.selection import head_count
 
 #: What architectures call the projection behind attention; its input holds the heads' results side by side.
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "c_proj", "out_proj")

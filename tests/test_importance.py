@@ -19,19 +19,12 @@ from scipy.stats import kendalltau, spearmanr
 from test_heads import Probe
 from tiny_models import TINY, tiny_checkpoint, tiny_model
 
-from alps_repro import AlpsConfig, HeadLayout, HeadScores, HeadSelection, UserError, figures, localize
-from alps_repro.importance import (
-    COMPARED,
-    READINGS,
-    correlations,
-    importance,
-    moved,
-    peaks,
-    recall,
-    recall_by_metric,
-)
-from alps_repro.scores import METRICS
-from alps_repro.training import Collate
+from alps_repro import AlpsConfig, HeadLayout, HeadScores, HeadSelection, UserError, localize
+from alps_repro.analysis import figures
+from alps_repro.data.prompts import Collate
+from alps_repro.localization.ablation import importance
+from alps_repro.localization.metrics import METRICS
+from alps_repro.localization.recovery import COMPARED, READINGS, correlations, moved, peaks, recall, recall_by_metric
 
 LAYOUT = HeadLayout("llama", layers=2, heads=5, groups=1, head_dim=4, hidden_size=20)
 #: One of each way in which projections are stored.

@@ -14,10 +14,11 @@ import pytest
 import torch
 from tiny_models import tiny_checkpoint
 
-from alps_repro.checkpoints import load_model
-from alps_repro.data import PROMPT
-from alps_repro.evaluation import KNOWLEDGE, Evaluation, evaluate, headline
-from alps_repro.tasks import knowledge
+from alps_repro.data.prompts import PROMPT
+from alps_repro.evaluation.benchmarks import KNOWLEDGE, headline
+from alps_repro.evaluation.harness import Evaluation, evaluate
+from alps_repro.evaluation.tasks import knowledge
+from alps_repro.models.loading import load_model
 
 
 def digest(rows: list[dict[str, Any]]) -> str:

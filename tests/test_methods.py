@@ -12,10 +12,11 @@ from tiny_models import TINY, tiny_model
 from transformers import PreTrainedModel
 
 from alps_repro.errors import UserError
-from alps_repro.heads import HeadLayout, HeadSelection, head_count
-from alps_repro.methods import LORA_RANK, METHODS, SCOPES, lora_weights, row_weights
-from alps_repro.scores import HeadScores, localize
-from alps_repro.training import trainable
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.heads.selection import HeadSelection, head_count
+from alps_repro.localization.scores import HeadScores, localize
+from alps_repro.training.finetune import trainable
+from alps_repro.training.methods import LORA_RANK, METHODS, SCOPES, lora_weights, row_weights
 
 SMOLLM2 = HeadLayout("llama", layers=30, heads=9, groups=3, head_dim=64, hidden_size=576)
 LLAMA_1B = HeadLayout("llama", layers=16, heads=32, groups=8, head_dim=64, hidden_size=2048)

@@ -17,19 +17,20 @@ import pytest
 import yaml
 from tiny_models import tiny_checkpoint
 
-from alps_repro import tables
-from alps_repro.checkpoints import QUANTIZATIONS
-from alps_repro.data import DATASETS, OFFLINE
+from alps_repro.analysis import tables
+from alps_repro.data.datasets import DATASETS, OFFLINE
 from alps_repro.errors import UserError
-from alps_repro.evaluation import SPLITS, TEMPLATES
-from alps_repro.execute import execute
-from alps_repro.experiments import cells, evaluations
-from alps_repro.methods import METHODS, SCOPES
-from alps_repro.recipe import SOURCES, Profile
-from alps_repro.records import load_record, load_records, record_path
-from alps_repro.reproduce import reproduce
-from alps_repro.runs import evaluate_run
-from alps_repro.scores import GROUNDS, HEAD_MATRICES, METRICS
+from alps_repro.evaluation.benchmarks import SPLITS, TEMPLATES
+from alps_repro.experiments.configure import SOURCES
+from alps_repro.experiments.grid import cells, evaluations
+from alps_repro.experiments.notebooks import execute
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_record, load_records, record_path
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.experiments.workflow import reproduce
+from alps_repro.localization.metrics import GROUNDS, HEAD_MATRICES, METRICS
+from alps_repro.models.checks import QUANTIZATIONS
+from alps_repro.training.methods import METHODS, SCOPES
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 from scipy.stats import binom
 
-from alps_repro import figures, paper
+from alps_repro.analysis import figures, paper
 from alps_repro.errors import UserError
 
 MODELS = ["Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B"]

@@ -15,13 +15,14 @@ from matplotlib.image import imread
 from scipy.stats import binomtest, t
 from synthetic import draws, measure, right_answers, save, select_heads, small_profile
 
-from alps_repro import figures, paper, tables
+from alps_repro.analysis import figures, paper, tables
+from alps_repro.analysis.figures import FIGURES, of_profile, write_figure
+from alps_repro.analysis.tables import log_likelihoods, paper_layout, paper_table, spread_note, write_paper_table
 from alps_repro.errors import UserError
-from alps_repro.experiments import TABLES, cells
-from alps_repro.figures import FIGURES, of_profile, write_figure
-from alps_repro.recipe import FinetuneConfig, Profile
-from alps_repro.records import load_record, record_path
-from alps_repro.tables import log_likelihoods, paper_layout, paper_table, spread_note, write_paper_table
+from alps_repro.experiments.configs import FinetuneConfig
+from alps_repro.experiments.grid import TABLES, cells
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_record, record_path
 
 LLAMA = "meta-llama/Llama-3.2-1B"
 SHARES = {"vanilla": 0.1, "no_attn": 0.2, "random": 0.5, "full": 0.6, "alps": 0.7}
@@ -496,7 +497,7 @@ def test_one_seed_and_one_task(tmp_path: Path) -> None:
 
 
 def test_many_training_curves_are_a_median_for_each_method(tmp_path: Path) -> None:
-    from alps_repro.records import load_records
+    from alps_repro.experiments.records import load_records
 
     profile = small_profile(tmp_path, seeds=list(range(6)))
     for cell in cells(profile, "table1"):

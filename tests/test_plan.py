@@ -16,14 +16,13 @@ from tiny_models import TINY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from alps_repro.checkpoints import EMBEDDED
 from alps_repro.cli import app
-from alps_repro.data import HUB
+from alps_repro.data.datasets import HUB
+from alps_repro.data.prompts import Collate
 from alps_repro.errors import UserError
-from alps_repro.experiments import evaluations
-from alps_repro.heads import HeadLayout, HeadSelection
-from alps_repro.methods import METHODS
-from alps_repro.plan import (
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.plan import (
     ASSUMED,
     KNOWN,
     Lengths,
@@ -37,10 +36,14 @@ from alps_repro.plan import (
     shape,
     trained_parameters,
 )
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile
-from alps_repro.records import load_records
-from alps_repro.scores import HeadScores
-from alps_repro.training import Collate, trainable
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_records
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.heads.selection import HeadSelection
+from alps_repro.localization.scores import HeadScores
+from alps_repro.models.embedded import EMBEDDED
+from alps_repro.training.finetune import trainable
+from alps_repro.training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 CASES = [(m, "all") for m in ("full", "no_attn", "random")] + [(m, "heads") for m in ("full", "random", "lora")]
@@ -195,8 +198,8 @@ from pathlib import Path
 import peft, datasets, accelerate, transformers
 from transformers import LlamaForCausalLM, Trainer
 import alps_repro.tuner
-from alps_repro.recipe import FinetuneConfig
-from alps_repro.training import finetune
+from alps_repro.experiments.configs import FinetuneConfig
+from alps_repro.training.finetune import finetune
 
 def status(name):
     return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
@@ -290,8 +293,8 @@ def refuse(*args, **kwargs):
     raise AssertionError("the network was asked")
 
 socket.socket.connect = socket.getaddrinfo = refuse
-from alps_repro.plan import assumptions, plan, resources, needed
-from alps_repro.recipe import Profile
+from alps_repro.experiments.plan import assumptions, plan, resources, needed
+from alps_repro.experiments.profile import Profile
 
 profile = Profile.load("paper")
 assert len(plan(profile)) > 10 and assumptions(profile)

@@ -18,8 +18,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro.recipe import Recipe
-from alps_repro.training import finetune
+from alps_repro.training.finetune import finetune
+from alps_repro.training.recipe import Recipe
 
 ROWS = [{"instruction": f"add {i} and {i % 7}", "response": "so " * (i % 3) + str(i + i % 7)} for i in range(20)]
 #: Seven steps over twenty examples; two passes of two examples each a step in one process, one each in two.
@@ -39,12 +39,12 @@ import json, os, sys
 from pathlib import Path
 from datasets import Dataset
 from transformers import Trainer
-from alps_repro import training
+from alps_repro.training import finetune as training
 from alps_repro.errors import UserError
-from alps_repro.recipe import Recipe
+from alps_repro.training.recipe import Recipe
 
 base, folder, given = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-rank, save, step = int(os.environ["RANK"]), training._save, Trainer.training_step
+rank, save, step = int(os.environ["RANK"]), training.save, Trainer.training_step
 
 def noted_save(tuned, tokenizer, output, *rest):
     with (folder / "saved").open("a") as file:
@@ -57,7 +57,7 @@ def run(name, method, scope, recipe={}):
     asked = {"method": method, "scope": scope, "ratio": 0.3, "recipe": recipe, "progress": False}
     return training.finetune(base, rows, folder / name, **asked)
 
-training._save = noted_save
+training.save = noted_save
 found = {name: run(name, **case) for name, case in given["cases"].items()}
 
 passes = 0

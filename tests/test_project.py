@@ -17,15 +17,15 @@ from packaging.utils import canonicalize_name
 from tiny_models import tiny_checkpoint
 from typer.testing import CliRunner
 
-from alps_repro import tables
-from alps_repro.claims import write_claims
+from alps_repro.analysis import tables
+from alps_repro.analysis.claims import write_claims
 from alps_repro.cli import app
 from alps_repro.doctor import locked_versions
-from alps_repro.experiments import evaluations
-from alps_repro.methods import METHODS
-from alps_repro.recipe import Profile
-from alps_repro.records import load_records
-from alps_repro.runs import evaluate_run
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_records
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.training.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

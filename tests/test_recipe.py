@@ -9,22 +9,21 @@ from typing import Any
 import pytest
 
 from alps_repro.errors import UserError
-from alps_repro.experiments import evaluations
-from alps_repro.methods import METHODS
-from alps_repro.recipe import (
-    SOURCES,
+from alps_repro.experiments.configs import (
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     LocalizeConfig,
-    Profile,
     RecallConfig,
-    Recipe,
-    Run,
-    Settings,
-    check_parameters,
 )
+from alps_repro.experiments.configure import SOURCES, Run
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.notebooks import check_parameters
+from alps_repro.experiments.profile import Profile
+from alps_repro.settings import Settings
+from alps_repro.training.methods import METHODS
+from alps_repro.training.recipe import Recipe
 
 FULL = {"base": "m", "dataset": "chain_sum", "method": "full", "ratio": 1.0}
 

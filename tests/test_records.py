@@ -22,23 +22,23 @@ import pytest
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro import records, runs
-from alps_repro.checkpoints import model_hash
-from alps_repro.data import data_hash, training_examples
+from alps_repro.data.datasets import data_hash, training_examples
 from alps_repro.errors import UserError
-from alps_repro.methods import LORA_RANK, METHODS
-from alps_repro.recipe import (
+from alps_repro.experiments import records, runs
+from alps_repro.experiments.configs import (
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     LocalizeConfig,
     RecallConfig,
-    Recipe,
 )
-from alps_repro.records import SCORES, load_record, load_records, record_path, scores_hash, write_whole
-from alps_repro.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
-from alps_repro.scores import HeadScores
+from alps_repro.experiments.records import SCORES, load_record, load_records, record_path, scores_hash, write_whole
+from alps_repro.experiments.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
+from alps_repro.localization.scores import HeadScores
+from alps_repro.models.folders import model_hash
+from alps_repro.training.methods import LORA_RANK, METHODS
+from alps_repro.training.recipe import Recipe
 
 SCHEMA = Path(records.__file__).with_name("record.schema.json")
 RECIPE = Recipe(max_steps=2, batch_size=2, micro_batch_size=2, learning_rate=1e-3)
@@ -139,7 +139,7 @@ def test_provenance(done: Chain, kind: str) -> None:
     assert record.status == "completed"
     assert record.error is None
     found = record.provenance
-    checkout = Path(records.__file__).parents[1]
+    checkout = Path(records.__file__).parents[2]
     if (checkout / ".git").exists():
         head = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
         assert found.commit == head.stdout.strip()
@@ -283,8 +283,8 @@ def test_record_of_each_kind_of_method(
 def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that are compared have the same; a change to tables, notebooks and the like makes none of them old."""
     package = tmp_path / "alps_repro"
-    shutil.copytree(Path(records.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(package / "records.py"))
+    shutil.copytree(Path(records.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(records, "__file__", str(package / "experiments" / "records.py"))
     code = records._code.__wrapped__
     before, seen = code(), set()
     for path in sorted(path for path in package.rglob("*") if path.is_file()):
@@ -296,11 +296,11 @@ def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatc
     assert code() == before == records._code()
     # All that runs import, settings and recipes too; found without the package's own way to find it.
     found = ModuleFinder(path=[str(tmp_path)])
-    found.run_script(str(package / "runs.py"))
+    found.run_script(str(package / "experiments" / "runs.py"))
     imported = {Path(module.__file__) for name, module in found.modules.items() if name.startswith("alps_repro")}
-    assert seen == {str(path.relative_to(package)) for path in {*imported, package / "runs.py"}}
-    assert {"recipe.py", "history.py", "records.py", "training.py", "tuner/rows.py", "tasks/offline.py"} < seen
-    assert not {"tables.py", "claims.py", "figures.py", "report.py", "cli.py", "plan.py"} & seen
+    assert seen == {str(path.relative_to(package)) for path in {*imported, package / "experiments" / "runs.py"}}
+    assert {"settings.py", "training/recipe.py", "tuner/rows.py", "evaluation/tasks/offline.py"} < seen
+    assert not {"analysis/tables.py", "analysis/claims.py", "report/build.py", "cli.py", "experiments/plan.py"} & seen
 
 
 # Once is enough
@@ -510,7 +510,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_text("old")
     code = (
         "import resource, sys; from pathlib import Path; from alps_repro.errors import UserError\n"
-        "from alps_repro.records import write_whole\n"
+        "from alps_repro.experiments.records import write_whole\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n    write_whole(Path(sys.argv[1]), 'x' * 100_000)\n"
         "except UserError as error:\n    print(error)\n"

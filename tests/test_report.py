@@ -18,14 +18,14 @@ import yaml
 from tiny_models import tiny_checkpoint
 from typer.testing import CliRunner
 
-from alps_repro import tables
+from alps_repro.analysis import tables
 from alps_repro.cli import app
 from alps_repro.errors import UserError
-from alps_repro.experiments import evaluations
-from alps_repro.recipe import Profile
-from alps_repro.records import load_records
-from alps_repro.report import write_report
-from alps_repro.runs import evaluate_run
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_records
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.report.build import write_report
 
 #: Settings of a profile of tiny runs; of Table 3, only what stands in Table 1 as well will be measured.
 SETTINGS = {

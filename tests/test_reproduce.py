@@ -6,10 +6,10 @@ from pathlib import Path
 
 from synthetic import save, small_profile
 
-from alps_repro.plan import Runs, needed
-from alps_repro.recipe import Profile
-from alps_repro.records import record_path
-from alps_repro.reproduce import remove_models
+from alps_repro.experiments.plan import Runs, needed
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import record_path
+from alps_repro.experiments.workflow import remove_models
 
 
 def train(profile: Profile, runs: Runs) -> dict[str, Path]:

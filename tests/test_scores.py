@@ -25,7 +25,8 @@ from tiny_models import TINY, tiny_model
 from torch import nn
 
 from alps_repro import HeadLayout, HeadScores, UserError, localize
-from alps_repro.scores import HEAD_MATRICES, METRICS, _rounded
+from alps_repro.localization.metrics import HEAD_MATRICES, METRICS
+from alps_repro.localization.scores import _rounded
 
 #: Every metric with every ground that it has.
 KINDS = [*({"metric": m} for m in METRICS), {"metric": "pad", "ground": "value"}]

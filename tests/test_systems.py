@@ -16,18 +16,21 @@ from test_training import LONG, files, interrupt
 from tiny_models import tiny_checkpoint, tiny_model
 
 from alps_repro import HeadLayout, HeadScores, Recipe, finetune, load_model
-from alps_repro.adapters import ADAPTERS
-from alps_repro.checkpoints import load_config
+from alps_repro.data.prompts import Collate
 from alps_repro.errors import UserError
-from alps_repro.evaluation import evaluate
-from alps_repro.hifi import correlation, hifi, page_rank, richness
-from alps_repro.methods import METHODS
-from alps_repro.recipe import FinetuneConfig, LocalizeConfig, Profile
-from alps_repro.runs import finetune_run, localize_run
-from alps_repro.scores import RESULT_METRICS
-from alps_repro.selectors import SELECTORS, batches, select_by
-from alps_repro.training import Collate
-from alps_repro.tuner import JolaConfig, JolaModel, LofitConfig, LofitModel, jola
+from alps_repro.evaluation.harness import evaluate
+from alps_repro.experiments.configs import FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.runs import finetune_run, localize_run
+from alps_repro.localization.hifi import correlation, hifi, page_rank, richness
+from alps_repro.localization.metrics import RESULT_METRICS
+from alps_repro.localization.selectors import SELECTORS, batches, select_by
+from alps_repro.models.folders import load_config
+from alps_repro.training.adapters import ADAPTERS
+from alps_repro.training.methods import METHODS
+from alps_repro.tuner import jola
+from alps_repro.tuner.jola import JolaConfig, JolaModel
+from alps_repro.tuner.lofit import LofitConfig, LofitModel
 
 ROOT = Path(__file__).parents[1]
 SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
@@ -281,7 +284,7 @@ def test_lofit_from_first_stage_to_second(base: Path, tmp_path: Path) -> None:
 
 
 def test_importance_and_hifi_are_localizations(base: Path, tmp_path: Path) -> None:
-    from alps_repro.importance import importance
+    from alps_repro.localization.ablation import importance
 
     task = tiny_checkpoint(tmp_path / "task", "llama", seed=1)
     asked = {"dataset": "chain_sum", "questions": 6}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from alps_repro import figures, tables
+from alps_repro.analysis import figures, tables
 from alps_repro.errors import UserError
-from alps_repro.heads import HeadLayout
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig
-from alps_repro.records import Cost, Provenance, Record
-from alps_repro.scores import HeadScores
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.records import Cost, Provenance, Record
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.localization.scores import HeadScores
 
 PROVENANCE = Provenance(
     commit=None, dirty=None, versions={}, python="3.11.0", system="s", processor="p", threads=1, gpu=None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic import small_profile
 
-from alps_repro import tables, timing
+from alps_repro.analysis import tables, timing
 from alps_repro.errors import UserError
 
 

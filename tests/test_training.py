@@ -18,9 +18,9 @@ from tiny_models import TINY, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, Trainer
 
 from alps_repro import Finetuned, HeadLayout, HeadScores, HeadSelection, Recipe, finetune, load_model
-from alps_repro.data import PROMPT, training_examples
+from alps_repro.data.datasets import training_examples
+from alps_repro.data.prompts import IGNORED, PROMPT, Collate, tokenize
 from alps_repro.errors import UserError
-from alps_repro.training import IGNORED, Collate, tokenize
 
 ROWS = [
     {"instruction": f"add {i} and {3 * i % 7}", "response": "so " * (i % 3) + str(i + 3 * i % 7)} for i in range(20)

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from alps_repro import HeadLayout, HeadSelection, load_model
 from alps_repro.errors import UserError
-from alps_repro.tuner import AlpsConfig, AlpsLayer
 from alps_repro.tuner.base import dense_weight
+from alps_repro.tuner.rows import AlpsConfig, AlpsLayer
 
 #: In GQA the first two heads of layer 0 share a key/value group.
 HEADS = ((0, 0), (0, 1), (1, 3))

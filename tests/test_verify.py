@@ -11,11 +11,12 @@ import pytest
 import torch
 from tiny_models import tiny_checkpoint
 
-from alps_repro import runs
+from alps_repro.analysis.verify import Verification, verify
 from alps_repro.errors import UserError
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Recipe
-from alps_repro.records import record_path
-from alps_repro.verify import Verification, verify
+from alps_repro.experiments import runs
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.records import record_path
+from alps_repro.training.recipe import Recipe
 
 RECIPE = Recipe(max_steps=2, batch_size=2, micro_batch_size=2, learning_rate=1e-3)
 

@@ -25,7 +25,8 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 from transformers.pytorch_utils import Conv1D
 
 from alps_repro.errors import UserError, one_of
-from alps_repro.heads import HeadLayout, HeadSelection
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.heads.selection import HeadSelection
 
 #: By `task_type`, names of the new heads of tasks, as `transformers` has them; they are trained and saved whole. peft's
 #: models of a task say so, too, but not all of them in time for the tuner's copy of the configuration.

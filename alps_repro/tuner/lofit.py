@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 
 from alps_repro.errors import UserError, one_of
-from alps_repro.heads import HeadLayout
+from alps_repro.heads.layout import HeadLayout
 from alps_repro.tuner.base import add_peft_type, checked_heads, checked_modules
 from alps_repro.tuner.edits import EditLayer, EditTuner
 

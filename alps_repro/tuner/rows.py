@@ -14,7 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from alps_repro.errors import UserError
-from alps_repro.heads import HeadLayout, HeadSelection
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.heads.selection import HeadSelection
 from alps_repro.tuner.base import (
     HeadLayer,
     HeadTuner,

@@ -18,11 +18,12 @@ import lm_eval.models.huggingface  # noqa: F401
 import peft  # noqa: F401
 import transformers  # noqa: F401
 
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Recipe
-from alps_repro.records import load_record
-from alps_repro.runs import evaluate_run
-from alps_repro.scores import HeadScores
-from alps_repro.tables import write_summary
+from alps_repro.analysis.tables import write_summary
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.records import load_record
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.localization.scores import HeadScores
+from alps_repro.training.recipe import Recipe
 
 
 def chain(results: Path, base: str) -> None:

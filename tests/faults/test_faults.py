@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro.checkpoints import open_attention
 from alps_repro.errors import UserError
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Recipe
-from alps_repro.records import load_record
-from alps_repro.runs import finetune_run
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
+from alps_repro.experiments.records import load_record
+from alps_repro.experiments.runs import finetune_run
+from alps_repro.models.attention import open_attention
+from alps_repro.training.recipe import Recipe
 
 CHAIN = Path(__file__).parent / "chain.py"
 VARIES = {"seconds", "peak_memory_bytes", "finished", "training_seconds", "processor", "system", "gpu", "threads"}
@@ -121,8 +122,9 @@ def test_no_memory_names_the_setting_that_helps(tmp_path, smollm2):
     code = (
         "import resource, transformers, peft, alps_repro\n"
         "from pathlib import Path\n"
-        "from alps_repro.recipe import FinetuneConfig, Recipe\n"
-        "from alps_repro.runs import finetune_run\n"
+        "from alps_repro.experiments.configs import FinetuneConfig\n"
+        "from alps_repro.training.recipe import Recipe\n"
+        "from alps_repro.experiments.runs import finetune_run\n"
         "held = int(Path('/proc/self/statm').read_text().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + (700 << 20),) * 2)\n"
         f"config = FinetuneConfig(base={str(smollm2)!r}, dataset='chain_sum', method='full', ratio=1.0,\n"

@@ -23,24 +23,25 @@ from peft import get_peft_model
 from tiny_models import tiny_checkpoint, tiny_model
 
 from alps_repro import HeadLayout, HeadSelection, UserError, load_model, localize
-from alps_repro.checkpoints import ADAPTER, INDEX, SINGLE
-from alps_repro.data import HUB, training_examples
-from alps_repro.experiments import evaluations
-from alps_repro.recipe import (
+from alps_repro.data.datasets import HUB, training_examples
+from alps_repro.experiments.configs import (
     EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
     ImportanceConfig,
     LocalizeConfig,
-    Profile,
     RecallConfig,
-    Recipe,
-    Run,
-    Settings,
 )
-from alps_repro.records import Cost, Record, load_record, provenance, record_path
-from alps_repro.scores import HeadScores
-from alps_repro.tuner import AlpsConfig
+from alps_repro.experiments.configure import Run
+from alps_repro.experiments.grid import evaluations
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import Cost, Record, load_record, provenance, record_path
+from alps_repro.localization.scores import HeadScores
+from alps_repro.models.files import INDEX, SINGLE
+from alps_repro.models.folders import ADAPTER
+from alps_repro.settings import Settings
+from alps_repro.training.recipe import Recipe
+from alps_repro.tuner.rows import AlpsConfig
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LAYOUT = HeadLayout("llama", layers=2, heads=4, groups=2, head_dim=8, hidden_size=32)

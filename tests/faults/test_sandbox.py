@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from alps_repro import sandbox
+from alps_repro.evaluation import sandbox
 
 pytestmark = pytest.mark.skipif(sandbox.why_not() is not None, reason="bubblewrap cannot be used on this machine")
 

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from tiny_models import tiny_checkpoint
 
-from alps_repro.recipe import Profile
-from alps_repro.records import load_record
-from alps_repro.scores import HeadScores
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import load_record
+from alps_repro.localization.scores import HeadScores
 
 pytestmark = pytest.mark.long
 
@@ -38,12 +38,12 @@ SETTINGS = {
 #: The same runs without a workflow, in one process.
 THROUGH = """
 import sys
-from alps_repro.claims import write_claims
-from alps_repro.experiments import evaluations
-from alps_repro.figures import write_figure
-from alps_repro.recipe import Profile
-from alps_repro.runs import evaluate_run
-from alps_repro.tables import write_paper_table
+from alps_repro.analysis.claims import write_claims
+from alps_repro.experiments.grid import evaluations
+from alps_repro.analysis.figures import write_figure
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.analysis.tables import write_paper_table
 
 profile = Profile.load(sys.argv[1], results=sys.argv[2])
 for cell in evaluations(profile).values():

@@ -15,9 +15,11 @@ from datasets import Dataset
 from tiny_models import tiny_checkpoint
 from transformers import Trainer
 
-from alps_repro import Recipe, checkpoints, devices, finetune, load_model, training
+from alps_repro import Recipe, devices, finetune, load_model
 from alps_repro.errors import UserError
-from alps_repro.evaluation import evaluate
+from alps_repro.evaluation.harness import evaluate
+from alps_repro.models import loading
+from alps_repro.training import finetune as training
 
 KIND = "Machines"
 ROWS = Dataset.from_list([{"instruction": f"add {i}", "response": str(i % 7)} for i in range(16)])
@@ -69,14 +71,14 @@ def asked_of_trainer(monkeypatch: pytest.MonkeyPatch) -> Any:
     def on_cpu(*words: Any, device: str, **asked: Any) -> Any:
         assert device == "cuda"
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "placed", lambda asked: "cpu")
+            patch.setattr(loading, "placed", lambda asked: "cpu")
             return real(*words, device="cpu", **asked)
 
     def stop(*words: Any, args: Any, **asked: Any) -> Any:
         raise Arguments(args)
 
     monkeypatch.setattr(training, "load_model", on_cpu)
-    monkeypatch.setattr(training, "_trainer", stop)
+    monkeypatch.setattr(training, "trainer_of", stop)
 
     def asked(base: Path, output: Path, **recipe: Any) -> Any:
         with pytest.raises(Arguments) as caught:

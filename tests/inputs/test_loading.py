@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA_LIKE, TINY, tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from alps_repro import UserError, evaluate, load_model, localize
-from alps_repro.checkpoints import SINGLE
-from alps_repro.recipe import EvaluateConfig
-from alps_repro.runs import evaluate_run
+from alps_repro.experiments.configs import EvaluateConfig
+from alps_repro.experiments.runs import evaluate_run
+from alps_repro.models.files import SINGLE
 
 brought = partial(row, "Checkpoints")
 TOKENS = torch.arange(4, 20)[None]

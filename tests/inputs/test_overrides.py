@@ -12,8 +12,8 @@ import yaml
 from brought import brought
 
 from alps_repro.errors import UserError
-from alps_repro.recipe import Profile
-from alps_repro.reproduce import overridden
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.workflow import overridden
 
 KIND = "Overrides"
 CHECKOUT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from brought import brought
 
-from alps_repro import sandbox
+from alps_repro.evaluation import sandbox
 
 pytestmark = pytest.mark.skipif(sandbox.why_not() is not None, reason="bubblewrap cannot be used on this machine")
 

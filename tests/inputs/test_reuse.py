@@ -16,14 +16,19 @@ from brought import brought
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
 
-from alps_repro import history, recipe, records, tables
-from alps_repro.checkpoints import file_hashes
-from alps_repro.claims import decided
+from alps_repro.analysis import tables
+from alps_repro.analysis.claims import decided
 from alps_repro.errors import UserError
-from alps_repro.experiments import cells
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, LocalizeConfig, Profile, Recipe
-from alps_repro.records import OtherRun, find_record, load_record, record_path
-from alps_repro.runs import done, evaluate_run, finetune_run, localize_run
+from alps_repro.experiments import configs, records
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.grid import cells
+from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import OtherRun, find_record, load_record, record_path
+from alps_repro.experiments.runs import done, evaluate_run, finetune_run, localize_run
+from alps_repro.models.folders import file_hashes
+from alps_repro.settings import FORMER, with_former
+from alps_repro.training import recipe
+from alps_repro.training.recipe import Recipe
 
 KIND = "Records and their inputs"
 RECIPE = Recipe(max_steps=2, batch_size=2, micro_batch_size=2, learning_rate=1e-3)
@@ -212,7 +217,7 @@ def test_what_fails_with_other_inputs_leaves_everything_where_it_was(place: Path
 
 
 def test_a_model_changed_while_it_is_read_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alps_repro import runs
+    from alps_repro.experiments import runs
 
     def change_too(*args: Any, **kwargs: Any) -> Any:
         found = original(*args, **kwargs)
@@ -234,7 +239,7 @@ def test_a_table_made_with_another_default_shows_none_of_the_records(tmp_path: P
     shutil.copytree(CHECKOUT / "alps_repro", tmp_path / "alps_repro")
     for folder in ("profiles", "results"):
         (tmp_path / folder).symlink_to(CHECKOUT / folder)
-    path = tmp_path / "alps_repro" / "recipe.py"
+    path = tmp_path / "alps_repro" / "training" / "recipe.py"
     source = path.read_text()
     path.write_text(source.replace("weight_decay: float = Field(0.1,", "weight_decay: float = Field(0.2,"))
     assert path.read_text() != source
@@ -331,8 +336,8 @@ def drop_decay(stored: dict[str, Any]) -> None:
 def test_tables_claims_and_figures_show_no_record_of_another_run(
     cpu: Profile, change: Callable[[dict[str, Any]], None], method: str, kind: str, says: str
 ) -> None:
-    from alps_repro.cite import cite
-    from alps_repro.reproduce import check_records
+    from alps_repro.analysis.cite import cite
+    from alps_repro.experiments.workflow import check_records
 
     doctor(cpu, change, method, kind)
     makers: list[Callable[[], Any]] = [
@@ -363,8 +368,8 @@ def test_all_committed_records_are_found_under_todays_configurations(name: str) 
 
 
 def test_history_names_settings_that_exist() -> None:
-    for kind, settings in history.FORMER.items():
-        assert settings.keys() <= getattr(recipe, kind).model_fields.keys()
+    for kind, settings in FORMER.items():
+        assert settings.keys() <= getattr(recipe if kind == "Recipe" else configs, kind).model_fields.keys()
 
 
 def test_a_former_default_is_what_counts_and_what_names_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,13 +377,13 @@ def test_a_former_default_is_what_counts_and_what_names_leave_out(monkeypatch: p
     path = next((CHECKOUT / "results/cpu/records").glob("evaluate-*-alps-*"))
     stored = json.loads(path.read_text())
     name = stored["name"]
-    monkeypatch.setitem(history.FORMER["EvaluateConfig"], "template", "none")
+    monkeypatch.setitem(FORMER["EvaluateConfig"], "template", "none")
     del stored["config"]["template"]
-    config = EvaluateConfig.model_validate(recipe.with_former(EvaluateConfig, stored["config"]))
+    config = EvaluateConfig.model_validate(with_former(EvaluateConfig, stored["config"]))
     assert config.template == "none"
     assert config.name == name
     # The value that is left out of names is the former one, whatever the default is now.
-    monkeypatch.setitem(history.FORMER["EvaluateConfig"], "template", "alpaca")
+    monkeypatch.setitem(FORMER["EvaluateConfig"], "template", "alpaca")
     assert config.name != name
     assert config.model_copy(update={"template": "alpaca"}).name == name
 

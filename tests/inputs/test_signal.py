@@ -16,9 +16,9 @@ from peft import get_peft_model
 from tiny_models import tiny_checkpoint, tiny_model
 
 from alps_repro import AlpsConfig, HeadScores, UserError, finetune, localize
-from alps_repro.heads import HeadLayout
-from alps_repro.methods import METHODS
-from alps_repro.selectors import select_by
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.localization.selectors import select_by
+from alps_repro.training.methods import METHODS
 
 brought = partial(row, "Pairs of models")
 Change = Callable[[torch.nn.Module], torch.nn.Module]
@@ -170,7 +170,7 @@ def test_scores_without_a_difference(tmp_path: Path, values: np.ndarray, happens
 
 def test_other_selectors_without_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LoFiT's scales before any training are all 0, and so are their norms."""
-    from alps_repro import selectors
+    from alps_repro.localization import selectors
 
     base = tiny_checkpoint(tmp_path / "base")
     for values in (np.zeros((2, 4)), np.ones((2, 4))):

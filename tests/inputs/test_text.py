@@ -20,15 +20,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alps_repro import Recipe, evaluate, finetune
-from alps_repro.data import PROMPT, own_examples, training_examples
-from alps_repro.embeddings import embed
+from alps_repro.data.datasets import own_examples, training_examples
+from alps_repro.data.prompts import PROMPT, check_rows, longest, positions, said_lost, tokenize, tokenize_and_count
 from alps_repro.errors import UserError
-from alps_repro.evaluation import check_limit
-from alps_repro.recipe import EvaluateConfig, FinetuneConfig, Profile
-from alps_repro.selectors import batches
-from alps_repro.tasks.offline import PromptedLM
-from alps_repro.text import positions, said_lost
-from alps_repro.training import check_rows, longest, tokenize, tokenize_and_count
+from alps_repro.evaluation.benchmarks import check_limit
+from alps_repro.evaluation.tasks.offline import PromptedLM
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
+from alps_repro.experiments.profile import Profile
+from alps_repro.localization.selectors import batches
+from alps_repro.models.embeddings import embed
 
 ROW = {"instruction": "what is red", "response": "cat"}
 

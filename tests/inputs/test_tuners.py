@@ -16,7 +16,10 @@ from test_edits import KINDS, answers, task_model, train_task
 from test_tuner import logits, some_model, state, tokens
 
 from alps_repro.errors import UserError
-from alps_repro.tuner import AlpsConfig, JolaConfig, LofitConfig, fingerprint
+from alps_repro.tuner.base import fingerprint
+from alps_repro.tuner.jola import JolaConfig
+from alps_repro.tuner.lofit import LofitConfig
+from alps_repro.tuner.rows import AlpsConfig
 
 ADAPTERS = "Adapters"
 
