@@ -32,7 +32,7 @@ from alps_repro.tuner import jola
 from alps_repro.tuner.jola import JolaConfig, JolaModel
 from alps_repro.tuner.lofit import LofitConfig, LofitModel
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
 
 #: Methods that train something else than rows.

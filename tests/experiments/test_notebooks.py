@@ -32,7 +32,7 @@ from alps_repro.localization.metrics import GROUNDS, HEAD_MATRICES, METRICS
 from alps_repro.models.checks import QUANTIZATIONS
 from alps_repro.training.methods import METHODS, SCOPES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 

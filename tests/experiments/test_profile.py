@@ -352,7 +352,7 @@ MINE = (
 )
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("profiles/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("profiles/*.yaml")), ids=lambda path: path.stem)
 def test_every_profile_can_be_run(path: Path) -> None:
     profile = Profile.load(path.stem)
     assert profile == Profile.load(str(path))

@@ -14,7 +14,7 @@ from alps_repro.data.datasets import DATASETS, HUB, OFFLINE, TEST_SIZE, VALIDATI
 from alps_repro.data.datasets import training_examples as examples
 from alps_repro.errors import UserError
 
-FILES = Path(__file__).parent / "data"
+FILES = Path(__file__).parent / "files"
 
 
 def questions(rows: list[dict[str, str]]) -> set[str]:

@@ -22,7 +22,7 @@ from alps_repro.experiments.profile import Profile
 from alps_repro.heads.selection import HeadSelection
 from alps_repro.training.methods import METHODS, Method
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROFILES = ["quick", "cpu", "paper", "gpu-4bit"]
 LLAMAS = ["meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B"]
 PAPER_METHODS = ["full", "no_attn", "random", "layer_consistent", "lora", "alps"]

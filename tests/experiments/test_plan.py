@@ -45,7 +45,7 @@ from alps_repro.models.embedded import EMBEDDED
 from alps_repro.training.finetune import trainable
 from alps_repro.training.methods import METHODS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CASES = [(m, "all") for m in ("full", "no_attn", "random")] + [(m, "heads") for m in ("full", "random", "lora")]
 BY_SCORES = [name for name, method in METHODS.items() if method.uses_scores]
 
