@@ -26,11 +26,11 @@ VARIANTS = {
     "full_heads": "this package, scope heads, all heads",
     "full_answer_only": "full fine-tuning with this package's loss",
     "full_plain": "full fine-tuning as plain Trainer runs it",
-    "masking_hooks": "q, k, v trainable whole, gradients masked by hooks, this package's loss",
+    "masking_hooks": "all of q, k, v trainable, gradients masked by hooks, this package's loss",
     "lora_128": "LoRA of rank 128 on q, k, v, this package's loss",
 }
 
-#: Other systems, by their adapter: on the same heads, or with as many weights.
+#: Other systems, by their adapter: on the same heads, or parameter-matched.
 ADAPTED = {
     "lora_matched": "lora",
     "dora_matched": "dora",
@@ -39,9 +39,9 @@ ADAPTED = {
     "jola": "jola",
 }
 VARIANTS |= {
-    "lora_matched": "LoRA on q, k, v with as many weights as 10 % of heads, this package's loss",
+    "lora_matched": "LoRA on q, k, v, parameter-matched to 10 % of heads, this package's loss",
     "dora_matched": "DoRA on q, k, v of the same rank, this package's loss",
-    "shira_matched": "SHiRA on q, k, v with as many entries, this package's loss",
+    "shira_matched": "SHiRA on q, k, v, parameter-matched, this package's loss",
     "offsets": "an offset for each of 10 % of heads (LoFiT), this package's loss",
     "jola": "JoLA, all heads, this package's loss",
 }
@@ -52,12 +52,12 @@ def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: obje
 
     heads: the selection of 10 %. rows: as `training.tokenize` makes them.
     """
-    from alps_repro.training.finetune.finetune import trainable
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq
 
     from alps_repro import HeadSelection
     from alps_repro.data.prompts import Collate
+    from alps_repro.training.finetune import trainable
     from alps_repro.tuner.rows import AlpsModel
 
     layout, collate = heads.layout, Collate(tokenizer.pad_token_id, "response")
