@@ -189,8 +189,11 @@ def _systems(profile: Profile, coverage: Coverage, examples: int) -> Iterator[Ce
             yield _cell(profile, method, family, profile.run(method=method, examples=examples, **given))
 
 
-#: Training examples of the tables of other systems; JoLA's claim is about few.
+#: Training examples in the tables that compare systems, few and many; JoLA's claim is about few.
 SIZES = (200, 2000)
+
+#: {table that compares systems: training examples}
+SYSTEMS = {f"systems_{size}": size for size in SIZES}
 
 TABLES: dict[str, Table] = {
     "choice": Table("Data sets to choose from, on validation questions", _choice),
@@ -208,8 +211,8 @@ TABLES: dict[str, Table] = {
     "table10": Table("Where the task model comes from", _sources, "table10"),
     "table14": Table("Every benchmark on every task's model", _every_benchmark, "table14"),
 } | {
-    f"systems_{size}": Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
-    for size in SIZES
+    name: Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
+    for name, size in SYSTEMS.items()
 }
 
 

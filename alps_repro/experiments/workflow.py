@@ -16,10 +16,10 @@ import yaml
 from filelock import FileLock
 
 from alps_repro.errors import UserError
-from alps_repro.experiments.configs import FinetuneConfig
-from alps_repro.experiments.plan import needed
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.plan import Runs, needed
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import Config, OtherRun, find_record, load_record, write_whole
+from alps_repro.experiments.records import KINDS, Config, OtherRun, find_record, load_record, write_whole
 from alps_repro.experiments.runs import done
 
 SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
@@ -49,6 +49,41 @@ def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
     return path
+
+
+def jobs(profile: Profile) -> Runs:
+    """The runs that the workflow makes each in a job of its own: evaluations, localizations, and the fine-tunings that
+    make task models. Any other fine-tuning is a part of its evaluation's job, after which its model may be removed."""
+    runs = needed(profile)
+    task_models = [config.task_model for config in runs.localizations.values()]
+    if profile.score_and_truth:
+        task_models.append(profile.importance().task_model)
+    trained = {config.name: config for config in task_models if isinstance(config, FinetuneConfig)}
+    return Runs(trained, runs.localizations, runs.evaluations)
+
+
+def waits_for(config: EvaluateConfig | LocalizeConfig, made: Runs) -> list[Config]:
+    """The runs among the jobs `made` that have to be done before the job of `config` starts."""
+    if isinstance(config, LocalizeConfig):
+        return [config.task_model] if isinstance(config.task_model, FinetuneConfig) else []
+    if isinstance(config.model, str):
+        return []
+    before: list[Config] = [config.model.localization] if config.model.localization is not None else []
+    return [*before, config.model] if config.model.name in made.finetunings else before
+
+
+def config_path(results: Path, kind: str, name: str) -> Path:
+    """Where the workflow writes the configuration of a run, for its notebook to read."""
+    return results / ".profiles" / "configs" / f"{kind}-{name}.json"
+
+
+def write_configs(results: Path, made: Runs) -> None:
+    """Write the configuration of every job's run, for its notebook to read; files that are right stay as they are."""
+    for config in (*made.finetunings.values(), *made.localizations.values(), *made.evaluations.values()):
+        path, text = config_path(results, KINDS[type(config)], config.name), json.dumps(config.dump(), indent=1) + "\n"
+        if not (path.exists() and path.read_text() == text):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
 
 
 def check_records(profile: Profile) -> None:
