@@ -13,10 +13,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from alps_repro.errors import UserError, nearest
 
 
-class Settings(BaseModel):
+class Strict(BaseModel):
+    """Base of what is stored: strict about names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Settings(Strict):
     """Base of all settings: frozen, strict about names, and with errors that say what would be right."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     @classmethod
     def check(cls, /, **settings: Any) -> Self:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments.configs import EvaluateConfig
+from alps_repro.experiments.configure import SOURCES, Run
 
 if TYPE_CHECKING:
-    from alps_repro.experiments.configure import Run
     from alps_repro.experiments.profile import Coverage, Profile
 
 
@@ -126,20 +126,11 @@ def _knowledge(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
         yield Cell(cell.row, cell.family, cell.run, cell.config, profile.knowledge)
 
 
-#: Table 10's rows by where their task model comes from, in the paper's order and by the names of `reported.csv`.
-_SOURCE_ROWS = {
-    "ready_made": "alps_ready_made_model",
-    "data_10pct": "alps_10pct_data",
-    "attn_only_10pct": "alps_attn_only_10pct",
-    "full": "alps",
-}
-
-
 def _sources(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     for model, seed, family in _axes(profile, coverage):
         given = {"base": model, "dataset": profile.families[family].datasets[0], "seed": seed}
         yield _cell(profile, "full", family, profile.run(method="full", **given), main=True)
-        for source, row in _SOURCE_ROWS.items():
+        for source, row in SOURCES.items():
             if source == "ready_made" and model not in profile.ready_made:
                 continue
             run = profile.run(method="alps", source=source, **given)
@@ -154,19 +145,19 @@ def _every_benchmark(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
             for other in profile.families:
                 tasks = profile.evaluation(profile.run(dataset=profile.families[other].datasets[0])).tasks
                 # A model's own benchmarks are Table 1's.
-                asked = {"main": True} if other == family else {"tasks": tasks}
-                yield _cell(profile, f"{method}/{family}", other, run, **asked)
+                own_task = other == family
+                yield _cell(profile, f"{method}/{family}", other, run, main=own_task, tasks=None if own_task else tasks)
 
 
 def _choice(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     for dataset in profile.candidates:
-        asked = {"split": "validation", "limit": profile.search_limit}
-        # Data sets are chosen before rates are searched: by the recipe's own.
+        # Data sets are chosen before learning rates are searched: with the recipe's own.
         rate = profile.recipe.learning_rate
         given = {"dataset": dataset, "seed": profile.search_seed, "learning_rate": rate}
         for method in ("vanilla", "full"):
             run = profile.run(method=method, scope="all", **given)
-            yield _cell(profile, method, profile.family(dataset) or "rejected", run, tasks=(dataset,), **asked)
+            family = profile.family(dataset) or "rejected"
+            yield _cell(profile, method, family, run, tasks=(dataset,), split="validation", limit=profile.search_limit)
 
 
 def _search(profile: Profile, coverage: Coverage) -> Iterator[Cell]:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, Local
 from alps_repro.experiments.plan import Runs, needed
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.records import KINDS, Config, OtherRun, find_record, load_record, write_whole
-from alps_repro.experiments.runs import done
+from alps_repro.experiments.reuse import done
 
 SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
 
@@ -79,7 +79,8 @@ def config_path(results: Path, kind: str, name: str) -> Path:
 
 def write_configs(results: Path, made: Runs) -> None:
     """Write the configuration of every job's run, for its notebook to read; files that are right stay as they are."""
-    for config in (*made.finetunings.values(), *made.localizations.values(), *made.evaluations.values()):
+    configs: list[Config] = [*made.finetunings.values(), *made.localizations.values(), *made.evaluations.values()]
+    for config in configs:
         path, text = config_path(results, KINDS[type(config)], config.name), json.dumps(config.dump(), indent=1) + "\n"
         if not (path.exists() and path.read_text() == text):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,11 @@ def failures(profile: Profile) -> dict[str, str]:
     """{run: why it failed} of a profile's runs that failed and have not been completed since."""
     paths = sorted((Path(profile.results) / "records").glob("*.failed.json"))
     runs = needed(profile)
-    own = {"finetune": runs.finetunings, "localize": runs.localizations, "evaluate": runs.evaluations}
+    own: dict[str, Collection[str]] = {
+        "finetune": runs.finetunings,
+        "localize": runs.localizations,
+        "evaluate": runs.evaluations,
+    }
     failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name})]
     return {f"{record.kind} {record.name}": record.error or "" for record in failed}
 
