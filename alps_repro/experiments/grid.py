@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluation that a table needs: its row, the family of its column, and the run.
+    """One evaluation that a table needs.
 
-    tasks: those of the evaluation that stand in this table.
+    Attributes:
+        row: of the table.
+        family: of the column.
+        run: what is evaluated.
+        config: of the evaluation.
+        tasks: those of the evaluation that this table shows.
     """
 
     row: str
@@ -44,9 +49,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """title: one line. cells: what to run, in the order of the rows. reported: the paper's table in `reported.csv`.
+    """One of the tables that can be made.
 
-    by_family: whether a column is a family, over the mean of its tasks.
+    Attributes:
+        title: one line.
+        cells: yields what to run, in the order of the rows.
+        reported: the paper's table in `reported.csv`.
+        by_family: whether a column is a family, that is the mean of its tasks.
     """
 
     title: str
@@ -55,27 +64,27 @@ class Table:
     by_family: bool = False
 
 
-def _cell(profile: Profile, row: str, family: str, run: Run, *, main: bool = False, **asked: Any) -> Cell:
+def _cell(profile: Profile, row: str, family: str, run: Run, *, main: bool = False, **settings: Any) -> Cell:
     """The cell of a run; where nothing is trained, it is the vanilla model's, which is evaluated once.
 
-    main: whether the run is one of Table 1's, which are asked general knowledge in the same evaluation where Table 5
-    shows them. Other tables share these runs.
+    main: whether the run is one of Table 1's, which are evaluated on general knowledge in the same evaluation where
+    Table 5 shows them. Other tables share these runs.
     """
     if run.method == "no_attn" and run.scope == "heads":
         run = profile.run(base=run.base, dataset=run.dataset, method="vanilla", quantization=run.quantization)
-    own = asked.pop("tasks", None) or profile.evaluation(run).tasks
-    tasks = (*own, *profile.knowledge) if main and _asked_knowledge(profile, run) else own
-    config = profile.evaluation(run, tasks, **asked)
+    own = settings.pop("tasks", None) or profile.evaluation(run).tasks
+    tasks = (*own, *profile.knowledge) if main and _with_knowledge(profile, run) else own
+    config = profile.evaluation(run, tasks, **settings)
     return Cell(row, family, run, config, own)
 
 
-def _asked_knowledge(profile: Profile, run: Run) -> bool:
+def _with_knowledge(profile: Profile, run: Run) -> bool:
     shown = profile.tables.get("table5")
     return shown is not None and run.method in ("vanilla", *(shown.methods or profile.methods))
 
 
 def _axes(profile: Profile, coverage: Coverage) -> Iterator[tuple[str, int, str]]:
-    """(model, seed, family), seeds outside, so that a grid that is not complete yet holds whole seeds."""
+    """(model, seed, family), seeds in the outer loop, so that an incomplete grid holds whole seeds."""
     for seed in coverage.seeds or profile.seeds:
         for model in profile.models:
             for family in coverage.families or profile.families:
@@ -208,20 +217,24 @@ TABLES: dict[str, Table] = {
 
 
 def cells(profile: Profile, table: str) -> list[Cell]:
-    """All cells of one of a profile's tables, whether measured yet or not."""
+    """All cells of one of a profile's tables, whether they have been run or not.
+
+    Raises:
+        UserError: the profile has no such table, or no run for it.
+    """
     one_of("table of this profile", table, profile.tables)
-    found = list(TABLES[table].cells(profile, profile.tables[table]))
-    if not found:
+    grid = list(TABLES[table].cells(profile, profile.tables[table]))
+    if not grid:
         raise UserError(
-            f"The profile has no run for {table} ({TABLES[table].title}): add what it is of, or leave the table out."
+            f"The profile has no run for {table} ({TABLES[table].title}): add what it needs, or leave the table out."
         )
-    return found
+    return grid
 
 
 def evaluations(profile: Profile) -> dict[str, Cell]:
     """Every evaluation that a profile's tables need, once: {name: a cell that needs it}."""
-    found: dict[str, Cell] = {}
+    first: dict[str, Cell] = {}
     for table in profile.tables:
         for cell in cells(profile, table):
-            found.setdefault(cell.config.name, cell)
-    return found
+            first.setdefault(cell.config.name, cell)
+    return first

@@ -1,4 +1,4 @@
-"""What a profile takes, before anything of it is run: how many runs, and the memory, tokens and disk of each kind.
+"""What a profile needs, before any of it is run: how many runs, and the memory, tokens and disk space of each kind.
 
 No weight is loaded: parameters are counted on models without data, memory follows from formulas, whose assumptions
 `assumptions` tells. GB are 10^9 bytes throughout.
@@ -335,9 +335,11 @@ def _disk(config: FinetuneConfig) -> tuple[float, float]:
 
 
 def plan(profile: Profile, card: float = 80.0) -> pd.DataFrame:
-    """What a profile's fine-tunings take: a row for each model, method, ratio, scope and quantization.
+    """What a profile's fine-tunings need: a row for each model, method, ratio, scope and quantization.
 
-    card: GB of a card's memory, which `fits` holds the total against.
+    Args:
+        profile: the profile.
+        card: memory of a GPU in GB, with which `fits` compares the total.
 
     Returns:
         columns model, method, ratio (NaN where it changes nothing), scope, quantization; runs; trained_least and
@@ -378,7 +380,7 @@ def plan(profile: Profile, card: float = 80.0) -> pd.DataFrame:
 
 
 def assumptions(profile: Profile) -> list[str]:
-    """What the numbers of `plan` rest on, in lines for people."""
+    """The assumptions behind the numbers of `plan`, in lines to be read."""
     configs = needed(profile).finetunings.values()
     names = sorted({config.dataset for config in configs})
     hub = [name for name in names if name in HUB]

@@ -33,7 +33,7 @@ from alps_repro.training.recipe import MaxLost, Recipe
 
 
 class Family(Settings):
-    """Data sets of one kind of task: heads are found and trained on the first, and carried over to the second."""
+    """Data sets of one kind of task: heads are localized and trained on the first, and transferred to the second."""
 
     datasets: tuple[str, ...] = Field(min_length=1, max_length=2)
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks; by default the offline task of the run's data set")
@@ -48,7 +48,7 @@ class Family(Settings):
 
 
 class Coverage(Settings):
-    """What of the profile a table shows; None: all."""
+    """The part of the profile that a table shows; None: all of it."""
 
     families: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
@@ -71,7 +71,7 @@ class Profile(Settings):
     results: str
     models: tuple[str, ...] = Field(min_length=1)
     families: dict[str, Family] = Field(min_length=1)
-    tables: dict[str, Coverage] = Field(default_factory=dict, description="which tables are made, of what")
+    tables: dict[str, Coverage] = Field(default_factory=dict, description="which tables are made, and what they show")
     quantization: str = "none"
     methods: tuple[str, ...] = ("full", "no_attn", "random", "layer_consistent", "lora", "alps")
     scope: str = "all"
@@ -108,11 +108,11 @@ class Profile(Settings):
     )
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
-    keep_models: bool = Field(True, description="or remove each tuned model once everything that needs it is done")
-    threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
-    questions: int = Field(64, gt=0, description="validation examples that heads are chosen by, where they are")
-    score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")
-    knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, asked of Table 1's models")
+    keep_models: bool = Field(True, description="False: remove each tuned model once all that needs it is done")
+    threads: int | None = Field(None, gt=0, description="processor threads of a run; None: all")
+    questions: int = Field(64, gt=0, description="validation examples, for selectors that use examples")
+    score_and_truth: bool = Field(False, description="compare scores with known changes, and with importance")
+    knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, for Table 1's models")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

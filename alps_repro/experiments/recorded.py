@@ -18,7 +18,7 @@ def records_folder(profile: Profile) -> Path:
 
 
 def recorded_cells(profile: Profile, table: str) -> list[tuple[Cell, EvaluateRecord]]:
-    """The cells of a table that have been measured, each with its record: what tables, claims and figures are made of.
+    """The cells of a table that have been run, each with its record.
 
     Raises:
         UserError: a record is of another configuration than its cell's; two were made with different models or
@@ -40,7 +40,7 @@ def recorded_cells(profile: Profile, table: str) -> list[tuple[Cell, EvaluateRec
 
 
 def check_consistent(records: Iterable[Record]) -> None:
-    """Hold the hashes of records that are compared with each other: a name stands for one model, or set of questions.
+    """Check that in records that are compared with each other, a name stands for one model, or one set of questions.
 
     Raises:
         UserError: names two records that were made with different models or data of one name.
@@ -58,21 +58,21 @@ def check_consistent(records: Iterable[Record]) -> None:
 
 def _named_inputs(record: Record) -> Iterator[tuple[tuple[Any, ...], str]]:
     """What a record's configuration names, and the hash of what it was: ((kind, name, what else decides it), hash)."""
-    config, found = record.config, record.provenance
-    hashes = found.model_sha256
+    config, provenance = record.config, record.provenance
+    hashes = provenance.model_sha256
     if isinstance(config, EvaluateConfig):
         if isinstance(config.model, str):
             yield ("models", config.model), hashes.get("evaluated", "")
         elif "base" in hashes:
             yield ("models", config.model.base), hashes["base"]
-        for task, value in found.data_sha256.items():
+        for task, value in provenance.data_sha256.items():
             yield ("questions", task, config.split, config.limit, config.template), value
     else:
         if "base" in hashes:
             yield ("models", config.base), hashes["base"]
         if isinstance(config, LocalizeConfig) and isinstance(config.task_model, str) and "task" in hashes:
             yield ("models", config.task_model), hashes["task"]
-    if isinstance(config, FinetuneConfig) and config.dataset in found.data_sha256:
+    if isinstance(config, FinetuneConfig) and config.dataset in provenance.data_sha256:
         recipe = config.recipe
         size = (recipe.max_steps, recipe.batch_size, recipe.examples, recipe.data_share)
-        yield ("training examples", config.dataset, config.seed, *size), found.data_sha256[config.dataset]
+        yield ("training examples", config.dataset, config.seed, *size), provenance.data_sha256[config.dataset]

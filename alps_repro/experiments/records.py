@@ -231,7 +231,7 @@ class OtherRun(UserError):
         self.path, self.differs = path, differs
         shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
         super().__init__(
-            f"The record '{path}' is of another run than is asked for ({shown}): make that run again, or keep its "
+            f"The record '{path}' is of another run than the requested one ({shown}): make that run again, or keep its "
             "results in another folder."
         )
 

@@ -31,10 +31,13 @@ def profile_path(name: str) -> Path:
 
 
 def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
-    """The profile that a workflow was asked for: `file`, or, where snakemake's `config` says more, a file of all of it.
+    """The profile that a workflow runs: `file`, or, where snakemake's `config` differs, a file of all settings.
 
-    config: the settings of all config files and of `--config`, as snakemake puts them together. Runs read a profile of
-    their own, so what was overridden is written to the results folder.
+    Runs read a profile's file, so settings with overrides are written to the results folder.
+
+    Args:
+        file: the profile.
+        config: the settings of all config files and of `--config`, as snakemake puts them together.
 
     Raises:
         UserError: a setting is unknown or impossible.
@@ -88,7 +91,7 @@ def write_configs(results: Path, made: Runs) -> None:
 
 
 def check_records(profile: Profile) -> None:
-    """Compare the records that a profile's results folder holds with the runs that they would be taken for.
+    """Compare the records in a profile's results folder with the runs that would reuse them.
 
     Raises:
         UserError: some are of other runs; the sentence says which and how the first one differs.
@@ -127,12 +130,12 @@ def lock(results: Path) -> FileLock:
 
 
 def busy(results: Path) -> str:
-    """What a workflow says that finds another one at work."""
+    """The message of a workflow that finds another one at work."""
     return f"Another workflow is at work on '{results}': wait for it, then start again."
 
 
 def failures(profile: Profile) -> dict[str, str]:
-    """{run: why it failed} of a profile's runs that failed and have not been completed since."""
+    """{run: why it failed} for a profile's runs that failed and have not been completed since."""
     paths = sorted((Path(profile.results) / "records").glob("*.failed.json"))
     runs = needed(profile)
     own: dict[str, Collection[str]] = {
@@ -145,7 +148,7 @@ def failures(profile: Profile) -> dict[str, str]:
 
 
 def remove_models(profile: Profile) -> list[Path]:
-    """Remove the tuned models that nothing of a profile needs any more; returns their folders.
+    """Remove the tuned models that no run of a profile needs any more; returns their folders.
 
     A model is needed until its evaluations, and the localizations and the importance of heads that are taken from it,
     are recorded. Records, scores and samples stay, and a run that is asked for later makes its model again.
@@ -169,12 +172,14 @@ def remove_models(profile: Profile) -> list[Path]:
 
 
 def reproduce(name: str, say: Callable[[str], None]) -> Path:
-    """Make everything of a profile that is not there yet; what is done is not repeated.
+    """Make everything of a profile that is missing; what is done is not repeated.
 
-    name: of a profile, or a path to one. say: takes a line for the user.
+    Args:
+        name: of a profile, or a path to one.
+        say: called with each line for the user.
 
     Returns:
-        the results folder.
+        The results folder.
 
     Raises:
         UserError: a run failed; all that does not need it has been made.
@@ -202,7 +207,7 @@ def reproduce(name: str, say: Callable[[str], None]) -> Path:
         )
     # What a notebook or command said of its end; else what snakemake said of its own.
     own = [line.removeprefix("alps-repro: ") for line in lines if line.startswith("alps-repro: ")]
-    last = own or [line for line in lines if "Error" in line or "rror:" in line] or lines or ["it said nothing."]
+    last = own or [line for line in lines if "Error" in line or "rror:" in line] or lines or ["it gave no reason."]
     raise UserError(f"The workflow stopped: {last[-1]}")
 
 
