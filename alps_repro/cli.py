@@ -1,10 +1,12 @@
-"""The library's words in a shell."""
+"""The command line: `alps-repro COMMAND`, one command for each thing the library does."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +62,7 @@ def localize(
     ratio: Annotated[float, typer.Option(help="Share of heads to print and to mark in the heat map.")] = 0.1,
     results: Results = Path("results/shell"),
 ) -> None:
-    """Score every head by how far it moved, print the highest, write scores and heat map."""
+    """Score every head by how much it changed, print the highest, write scores and heat map."""
     from rich.table import Table
 
     from alps_repro.analysis import figures
@@ -181,8 +183,8 @@ def evaluate(
         console.print(f"{task}: {shown}")
     for task, number in record.result.get("truncated", {}).items():
         if number:
-            asked = record.result["questions"][task]
-            console.print(f"{task}: {number} of {asked} prompts were cut from the left to fit into the model")
+            total = record.result["questions"][task]
+            console.print(f"{task}: {number} of {total} prompts were cut from the left to fit into the model")
     console.print(str(results / "samples" / record.result["samples"]), soft_wrap=True)
 
 
@@ -209,7 +211,7 @@ def table(
 
 @app.command()
 def tidy(profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")]) -> None:
-    """Remove the tuned models that nothing of a profile needs any more; records stay."""
+    """Remove the tuned models that no run of a profile needs any more; records stay."""
     from alps_repro.experiments.profile import Profile
     from alps_repro.experiments.workflow import remove_models
 
@@ -234,7 +236,7 @@ def figure(
 
 @app.command()
 def reproduce(profile: Annotated[str, typer.Argument(help="A profile's name, or a path to one.")] = "quick") -> None:
-    """Make all of a profile's runs, tables, figures and notebooks, and print what came out."""
+    """Make all of a profile's runs, tables, figures and notebooks, and print the results."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from alps_repro.experiments.workflow import reproduce as execute
@@ -288,10 +290,10 @@ def cite(
 def verify(
     record: Annotated[Path, typer.Argument(help="A record, such as results/quick/records/evaluate-....json.")],
     results: Annotated[
-        Path | None, typer.Option(help="Folder to run in, in place of a temporary one; its finished runs are taken.")
+        Path | None, typer.Option(help="Folder to run in, instead of a temporary one; finished runs in it are reused.")
     ] = None,
 ) -> None:
-    """Run a record's configuration again and hold the numbers against the record's."""
+    """Run a record's configuration again and compare the numbers with the record's."""
     from alps_repro.analysis.cite import what_was_run
     from alps_repro.analysis.verify import verify as verified
 
@@ -305,9 +307,9 @@ def verify(
 @app.command()
 def plan(
     profile: Annotated[str, typer.Argument(help="A profile's name, or its file.")],
-    card: Annotated[float, typer.Option(help="Memory of a GPU in GB, to hold the totals against.")] = 80.0,
+    card: Annotated[float, typer.Option(help="Memory of a GPU in GB, to compare the totals with.")] = 80.0,
 ) -> None:
-    """Count a profile's runs, and what each kind of fine-tuning takes, before anything is run."""
+    """Count a profile's runs and estimate what each kind of fine-tuning needs, before anything is run."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -324,26 +326,32 @@ def plan(
     wide = Console(highlight=False, width=max(console.width, 132))  # rich would cut numbers where lines are shorter
     names = {"weights": "weights", "copies": "copies", "gradients": "grads", "optimizer": "AdamW"}
     names |= {"activations": "activ.", "logits": "logits", "total": "total"}
+    columns = ("runs", "trained, M", *names.values(), "fits", "tokens, M", "models", "beside")
     for model, rows in kinds.groupby("model", sort=False):
         table = Table("method, scope", title=f"{model}, GB", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("runs", "trained, M", *names.values(), "fits", "tokens, M", "models", "beside"):
-            table.add_column(name, justify="right")
-        for row in rows.itertuples():
-            share = "" if row.ratio != row.ratio else f" {100 * row.ratio:g} %"  # NaN: the ratio changes nothing
-            base = "" if row.quantization == "none" else f", {row.quantization}"
-            weights = (row.trained_least, row.trained_most)
-            trained = dict.fromkeys(f"{n / 1e6:,.1f}" if not 0 < n < 5e4 else f"{n / 1e6:.3f}" for n in weights)
-            words = [f"{row.method}{share}, {row.scope}{base}", str(row.runs), "-".join(trained)]
-            words += [f"{getattr(row, name):.1f}" for name in names] + ["yes" if row.fits else "no"]
-            table.add_row(*words, f"{row.tokens / 1e6:,.2f}", f"{row.models:,.1f}", f"{row.checkpoints:.1f}")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in rows.to_dict("records"):
+            table.add_row(*_plan_row(row, list(names)))
         wide.print(table)
     for line in assumptions(settings):
         console.print(line, soft_wrap=True)
 
 
+def _plan_row(row: Mapping[Any, Any], sizes: list[str]) -> list[str]:
+    """A row of the plan's table; `sizes`: the names of its columns in GB."""
+    share = "" if math.isnan(row["ratio"]) else f" {100 * row['ratio']:g} %"  # NaN: the ratio changes nothing
+    base = "" if row["quantization"] == "none" else f", {row['quantization']}"
+    weights = (row["trained_least"], row["trained_most"])
+    trained = dict.fromkeys(f"{n / 1e6:,.1f}" if not 0 < n < 5e4 else f"{n / 1e6:.3f}" for n in weights)
+    cells = [f"{row['method']}{share}, {row['scope']}{base}", str(row["runs"]), "-".join(trained)]
+    cells += [f"{row[name]:.1f}" for name in sizes] + ["yes" if row["fits"] else "no"]
+    return [*cells, f"{row['tokens'] / 1e6:,.2f}", f"{row['models']:,.1f}", f"{row['checkpoints']:.1f}"]
+
+
 @app.command()
 def doctor() -> None:
-    """Check what a run needs and say what to do about what is missing."""
+    """Check that everything a run needs is installed, and say what to do where it is not."""
     from alps_repro.doctor import examine
 
     findings = examine()

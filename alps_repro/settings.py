@@ -13,14 +13,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from alps_repro.errors import UserError, nearest
 
 
-class Settings(BaseModel):
+class Strict(BaseModel):
+    """Base of what is stored: strict about names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Settings(Strict):
     """Base of all settings: frozen, strict about names, and with errors that say what would be right."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     @classmethod
     def check(cls, /, **settings: Any) -> Self:
-        """Make the settings, or raise `UserError` with one sentence."""
+        """Make the settings.
+
+        Raises:
+            UserError: one sentence on the first setting that is unknown, missing or impossible.
+        """
         for name in settings:
             if name not in cls.model_fields:
                 raise UserError(f"There is no parameter '{name}': {nearest(name, cls.model_fields)}")
@@ -28,7 +38,7 @@ class Settings(BaseModel):
             return cls(**settings)
         except ValidationError as error:
             errors = error.errors()
-            # A name that is mistyped is missing, too: it is told as what it was meant to be.
+            # A mistyped name is missing as well: the message is about the typing error.
             first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
             cause = first.get("ctx", {}).get("error")
             where = ".".join(str(part) for part in first["loc"])
@@ -59,40 +69,50 @@ class Settings(BaseModel):
 
 def _named(settings: Settings) -> dict[str, Any]:
     """The settings that a name is made of, as plain JSON values."""
-    former, whole, found = FORMER.get(type(settings).__name__, {}), settings.dump(), {}
+    former, whole, named = FORMER.get(type(settings).__name__, {}), settings.dump(), {}
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if value != former.get(name, field.default):
-            found[name] = _named(value) if isinstance(value, Settings) else whole[name]
-    return found
+            named[name] = _named(value) if isinstance(value, Settings) else whole[name]
+    return named
 
 
 def with_former(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored configuration with the settings that it lacks, at the values that they had when it was stored.
 
+    Args:
+        kind: the configuration's class.
+        stored: its settings, as JSON values.
+
     Raises:
         UserError: it lacks a setting, and `FORMER` does not say what that was.
     """
-    former, found = FORMER.get(kind.__name__, {}), dict(stored)
+    former, whole = FORMER.get(kind.__name__, {}), dict(stored)
     for name, field in kind.model_fields.items():
-        if name not in found and name not in former:
+        if name not in whole and name not in former:
             raise UserError(f"the setting '{name}' is missing, and nothing says what it was")
-        value = found.setdefault(name, former.get(name))
+        value = whole.setdefault(name, former.get(name))
         if isinstance(value, Mapping) and (inner := _settings_in(field.annotation)):
-            found[name] = with_former(inner[0], value)
-    return found
+            whole[name] = with_former(inner[0], value)
+    return whole
 
 
 def differences(then: Settings, now: Settings, of: str = "") -> list[str]:
-    """What differs between two configurations of one kind, a phrase a setting."""
-    found = []
+    """How two configurations of one kind differ, a phrase for each setting.
+
+    Args:
+        then: the one that was run.
+        now: the one that is requested.
+        of: the place of both in a larger configuration, ending with a dot.
+    """
+    phrases = []
     for name in type(then).model_fields:
         a, b, path = getattr(then, name), getattr(now, name), f"{of}{name}"
         if isinstance(a, Settings) and type(a) is type(b):
-            found += differences(a, b, f"{path}.")
+            phrases += differences(a, b, f"{path}.")
         elif a != b:
-            found.append(f"{path} was {_short(a)} and is {_short(b)} now")
-    return found
+            phrases.append(f"{path} was {_short(a)} and is {_short(b)} now")
+    return phrases
 
 
 def _short(value: Any) -> str:

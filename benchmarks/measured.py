@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alps_repro.experiments.records import provenance, write_whole
+from alps_repro.experiments.provenance import provenance
+from alps_repro.experiments.records import write_whole
 from alps_repro.models.embedded import cache_folder
 
 DATA = cache_folder() / "benchmarks"

@@ -14,7 +14,8 @@ from alps_repro.evaluation.benchmarks import OFFLINE_METRIC
 from alps_repro.experiments.configs import FinetuneConfig
 from alps_repro.experiments.grid import Cell, cells
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import KINDS, Config, Cost, Provenance, Record
+from alps_repro.experiments.provenance import Provenance
+from alps_repro.experiments.records import KINDS, RECORDS, Config, Cost
 from alps_repro.heads.selection import head_count
 
 LAYOUT = {"architecture": "llama", "layers": 6, "heads": 8, "groups": 4, "head_dim": 8, "hidden_size": 64}
@@ -79,8 +80,9 @@ def save(profile: Profile, config: Config, result: dict[str, Any], code: str = "
     provenance = Provenance(
         commit=None, dirty=None, code=code, versions={}, python="3", system="s", processor="p", threads=1, gpu=None
     )
-    record = Record(
-        kind=KINDS[type(config)],
+    kind = KINDS[type(config)]
+    record = RECORDS[kind](
+        kind=kind,
         name=config.name,
         status="completed",
         config=config,

@@ -20,8 +20,8 @@ from alps_repro.evaluation.benchmarks import KNOWLEDGE
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
 from alps_repro.experiments.grid import TABLES, Cell
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.recorded import recorded_cells, records_folder
-from alps_repro.experiments.records import Record, check_consistent, load_records, write_whole
+from alps_repro.experiments.recorded import check_consistent, recorded_cells, records_folder
+from alps_repro.experiments.records import Record, load_records, write_whole
 from alps_repro.training.adapters import ADAPTERS
 from alps_repro.training.methods import METHODS
 

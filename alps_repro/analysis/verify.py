@@ -16,17 +16,9 @@ from alps_repro.analysis.statistics import interval
 from alps_repro.errors import UserError
 from alps_repro.evaluation.benchmarks import headline
 from alps_repro.experiments.configs import EvaluateConfig
-from alps_repro.experiments.records import Provenance, Record, load_record, record_path
-from alps_repro.experiments.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
-
-RUNS = {
-    "localize": localize_run,
-    "finetune": finetune_run,
-    "evaluate": evaluate_run,
-    "recall": recall_run,
-    "importance": importance_run,
-    "embed": embed_run,
-}
+from alps_repro.experiments.provenance import Provenance
+from alps_repro.experiments.records import Record, load_record, record_path
+from alps_repro.experiments.runs import RUNS
 
 #: Of runs that are no evaluations, the numbers whose mean is held against the record's where they need not be equal.
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {

@@ -32,9 +32,9 @@ class FinetuneConfig(Settings):
     ratio: float = 0.1
     scope: str = "all"
     quantization: str = "none"
-    seed: int = Field(0, ge=0, description="order of the data and which of it is drawn")
-    choice_seed: int = Field(0, ge=0, description="which heads the random methods draw")
-    localization: LocalizeConfig | None = Field(None, description="where the scores come from that the method uses")
+    seed: int = Field(0, ge=0, description="order of the data, and which examples are sampled")
+    choice_seed: int = Field(0, ge=0, description="which heads the random methods select")
+    localization: LocalizeConfig | None = Field(None, description="which makes the scores that the method uses")
     recipe: Recipe = Recipe()
 
     @model_validator(mode="after")
@@ -67,8 +67,8 @@ class LocalizeConfig(Settings):
     head_matrix: str = "product"
     tau: float = 1.0
     ground: str = "position"
-    dataset: str | None = Field(None, description="whose examples importance and hifi ask")
-    questions: int = Field(64, gt=0, description="of them")
+    dataset: str | None = Field(None, description="whose examples importance and hifi use")
+    questions: int = Field(64, gt=0, description="number of these examples")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where importance and hifi run a model")
     max_lost: MaxLost = Field(MAX_LOST, description="share of them that may be cut, dropped or empty")
 
@@ -79,18 +79,18 @@ class LocalizeConfig(Settings):
         asks = next((name for name in ("questions", "max_lost") if getattr(self, name) != fields[name].default), None)
         if self.metric in RESULT_METRICS:
             if (self.dataset is None) != (self.metric == "scale_norm"):
-                raise ValueError("The metrics importance and hifi ask examples of a `dataset`, and scale_norm none.")
+                raise ValueError("The metrics importance and hifi use examples of a `dataset`, scale_norm uses none.")
             if self.metric == "scale_norm" and asks:
-                raise ValueError(f"The metric scale_norm asks no examples: leave {asks} out.")
+                raise ValueError(f"The metric scale_norm uses no examples: leave {asks} out.")
             if self.metric == "scale_norm" and self.device != "auto":
                 raise ValueError("The metric scale_norm is of weights and runs no model: leave device out.")
             if self.head_matrix != RESULT:
-                raise ValueError(f"The metric {self.metric} is of heads' results: say head_matrix '{RESULT}'.")
+                raise ValueError(f"The metric {self.metric} is of attention outputs: say head_matrix '{RESULT}'.")
             return self
         if self.device != "auto":
             raise ValueError(f"The metric {self.metric} is of weights and runs no model: leave device out.")
         if self.dataset is not None or asks:
-            raise ValueError(f"The metric {self.metric} is of weights and asks no examples: leave dataset out.")
+            raise ValueError(f"The metric {self.metric} is of weights and uses no examples: leave dataset out.")
         check_metric(self.metric, self.head_matrix, self.tau, self.ground)
         return self
 
@@ -105,7 +105,7 @@ class EvaluateConfig(Settings):
 
     model: str | FinetuneConfig
     tasks: tuple[str, ...] = Field(min_length=1)
-    limit: Limit = Field(None, description="questions per task; all of them where none is said")
+    limit: Limit = Field(None, description="questions per task; None: all of them")
     batch_size: int = Field(16, gt=0)
     quantization: str = "none"
     template: Literal["none", "alpaca"] = Field(
@@ -118,7 +118,7 @@ class EvaluateConfig(Settings):
         "none", description="what matrices are multiplied in, where not in the weights' own dtype"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="what weights are loaded in, those of every model that is compared alike"
+        "float32", description="what weights are loaded in, the same for every model of a comparison"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
@@ -138,12 +138,12 @@ class EvaluateConfig(Settings):
 
 
 class RecallConfig(Settings):
-    """How many of the heads that truly moved each metric finds, on copies of a model whose heads were moved."""
+    """How many of the heads that were changed each metric finds, on copies of a model with known changes."""
 
     base: str
     factors: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 5.0)
     seeds: tuple[int, ...] = (0, 1, 2)
-    share: float = Field(0.1, gt=0, lt=1, description="of the heads that are moved `factor` times further")
+    share: float = Field(0.1, gt=0, lt=1, description="of the heads, which are changed `factor` times as much")
     background: float = Field(1e-4, gt=0, description="standard deviation of the shift of every weight")
 
     @property
@@ -152,7 +152,7 @@ class RecallConfig(Settings):
 
 
 class ImportanceConfig(Settings):
-    """What a task model loses with each of its heads silenced (Eq. 3), on validation questions of its data set."""
+    """How much a task model loses with each head zero-ablated (Eq. 3), on validation questions of its data set."""
 
     base: str
     task_model: FinetuneConfig
@@ -173,7 +173,7 @@ class ImportanceConfig(Settings):
 
 
 class EmbedConfig(Settings):
-    """Where a model puts the questions of data sets: the mean of its last hidden states (Figure 7)."""
+    """A model's embeddings of the questions of data sets: the mean of its last hidden states (Figure 7)."""
 
     base: str
     datasets: tuple[str, ...]

@@ -25,12 +25,13 @@ from alps_repro.training.recipe import Recipe
 if TYPE_CHECKING:
     from alps_repro.experiments.profile import Profile
 
-#: Where the task model of a localization comes from (ALPS, Table 10).
+#: {where the task model of a localization comes from: its row in Table 10, by the names of `reported.csv`}, in the
+#: paper's order.
 SOURCES = {
-    "full": "full fine-tuning",
-    "ready_made": "a ready-made model (the profile's ready_made)",
-    "data_10pct": "full fine-tuning on 10 % of the examples, in 10 % of the steps",
-    "attn_only_10pct": "fine-tuning of q, k and v alone, about 10 % of the parameters",
+    "ready_made": "alps_ready_made_model",  # the profile's `ready_made`
+    "data_10pct": "alps_10pct_data",  # full fine-tuning on 10 % of the examples, in 10 % of the steps
+    "attn_only_10pct": "alps_attn_only_10pct",  # fine-tuning of q, k and v alone, about 10 % of the parameters
+    "full": "alps",  # full fine-tuning
 }
 
 
@@ -120,21 +121,39 @@ def task_model_of(profile: Profile, run: Run) -> Run | None:
 
 
 def localization(profile: Profile, run: Run, task_model: str | None = None) -> LocalizeConfig:
-    """The localization that a run's heads come from; `task_model` names another task model."""
+    """The localization that a run's heads come from.
+
+    Args:
+        profile: of the run.
+        run: whose heads are selected.
+        task_model: another task model, by its name; by default the one that the profile and the run say.
+
+    Raises:
+        UserError: the task model should be ready-made, and the profile names none.
+    """
     metric, head_matrix = _scored_by(profile, run)
     tuned = task_model_of(profile, run)
     if task_model is None and tuned is None and metric != "hifi" and run.base not in profile.ready_made:
         raise UserError(f"The profile names no ready-made model for '{run.base}': add it to ready_made.")
-    if task_model is None:
-        task_model = finetuning(profile, tuned) if tuned else profile.ready_made.get(run.base, run.base)
+    task: str | FinetuneConfig = task_model or profile.ready_made.get(run.base, run.base)
+    if task_model is None and tuned is not None:
+        task = finetuning(profile, tuned)
+    if metric == "scale_norm":
+        return LocalizeConfig.check(metric=metric, head_matrix=RESULT, base=run.base, task_model=task)
     if metric in RESULT_METRICS:
-        dataset = None if metric == "scale_norm" else run.heads_from
-        asked = {"base": run.base, "task_model": run.base if metric == "hifi" else task_model, "dataset": dataset}
-        asked |= {} if dataset is None else {"questions": profile.questions, "device": profile.device, **_lost(profile)}
-        return LocalizeConfig.check(metric=metric, head_matrix=RESULT, **asked)
+        return LocalizeConfig.check(
+            metric=metric,
+            head_matrix=RESULT,
+            base=run.base,
+            task_model=run.base if metric == "hifi" else task,
+            dataset=run.heads_from,
+            questions=profile.questions,
+            device=profile.device,
+            **_lost(profile),
+        )
     return LocalizeConfig.check(
         base=run.base,
-        task_model=task_model,
+        task_model=task,
         metric=metric,
         head_matrix=head_matrix,
         tau=profile.tau if metric == profile.metric else 1.0,
@@ -192,14 +211,14 @@ def embedding(profile: Profile) -> EmbedConfig:
 
 def _recipe(profile: Profile, run: Run) -> Recipe:
     own = profile.recipes.get(run.scope, {})
-    asked = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
-    asked["max_lost"] = profile.max_lost
-    asked = {name: value for name, value in asked.items() if value is not None}
+    given = {"learning_rate": run.learning_rate, "max_steps": run.max_steps, "examples": run.examples}
+    given["max_lost"] = profile.max_lost
+    given = {name: value for name, value in given.items() if value is not None}
     places = ("default", run.method, f"{run.method}@{run.ratio:g}")
     recipe = profile.recipe.model_dump()
     if profile.recipe.device == "auto":
         recipe["device"] = profile.device
-    recipe |= {k: v for place in places for k, v in own.get(place, {}).items()} | asked
+    recipe |= {k: v for place in places for k, v in own.get(place, {}).items()} | given
     if run.data_share < 1 and recipe["max_steps"]:
         # As many passes over the data as before; an offline data set is as long as its steps need it.
         recipe["max_steps"] = math.ceil(recipe["max_steps"] * run.data_share)

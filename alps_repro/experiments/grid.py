@@ -13,17 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments.configs import EvaluateConfig
+from alps_repro.experiments.configure import SOURCES, Run
 
 if TYPE_CHECKING:
-    from alps_repro.experiments.configure import Run
     from alps_repro.experiments.profile import Coverage, Profile
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluation that a table needs: its row, the family of its column, and the run.
+    """One evaluation that a table needs.
 
-    tasks: those of the evaluation that stand in this table.
+    Attributes:
+        row: of the table.
+        family: of the column.
+        run: what is evaluated.
+        config: of the evaluation.
+        tasks: those of the evaluation that this table shows.
     """
 
     row: str
@@ -44,9 +49,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """title: one line. cells: what to run, in the order of the rows. reported: the paper's table in `reported.csv`.
+    """One of the tables that can be made.
 
-    by_family: whether a column is a family, over the mean of its tasks.
+    Attributes:
+        title: one line.
+        cells: yields what to run, in the order of the rows.
+        reported: the paper's table in `reported.csv`.
+        by_family: whether a column is a family, that is the mean of its tasks.
     """
 
     title: str
@@ -55,27 +64,27 @@ class Table:
     by_family: bool = False
 
 
-def _cell(profile: Profile, row: str, family: str, run: Run, *, main: bool = False, **asked: Any) -> Cell:
+def _cell(profile: Profile, row: str, family: str, run: Run, *, main: bool = False, **settings: Any) -> Cell:
     """The cell of a run; where nothing is trained, it is the vanilla model's, which is evaluated once.
 
-    main: whether the run is one of Table 1's, which are asked general knowledge in the same evaluation where Table 5
-    shows them. Other tables share these runs.
+    main: whether the run is one of Table 1's, which are evaluated on general knowledge in the same evaluation where
+    Table 5 shows them. Other tables share these runs.
     """
     if run.method == "no_attn" and run.scope == "heads":
         run = profile.run(base=run.base, dataset=run.dataset, method="vanilla", quantization=run.quantization)
-    own = asked.pop("tasks", None) or profile.evaluation(run).tasks
-    tasks = (*own, *profile.knowledge) if main and _asked_knowledge(profile, run) else own
-    config = profile.evaluation(run, tasks, **asked)
+    own = settings.pop("tasks", None) or profile.evaluation(run).tasks
+    tasks = (*own, *profile.knowledge) if main and _with_knowledge(profile, run) else own
+    config = profile.evaluation(run, tasks, **settings)
     return Cell(row, family, run, config, own)
 
 
-def _asked_knowledge(profile: Profile, run: Run) -> bool:
+def _with_knowledge(profile: Profile, run: Run) -> bool:
     shown = profile.tables.get("table5")
     return shown is not None and run.method in ("vanilla", *(shown.methods or profile.methods))
 
 
 def _axes(profile: Profile, coverage: Coverage) -> Iterator[tuple[str, int, str]]:
-    """(model, seed, family), seeds outside, so that a grid that is not complete yet holds whole seeds."""
+    """(model, seed, family), seeds in the outer loop, so that an incomplete grid holds whole seeds."""
     for seed in coverage.seeds or profile.seeds:
         for model in profile.models:
             for family in coverage.families or profile.families:
@@ -126,20 +135,11 @@ def _knowledge(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
         yield Cell(cell.row, cell.family, cell.run, cell.config, profile.knowledge)
 
 
-#: Table 10's rows by where their task model comes from, in the paper's order and by the names of `reported.csv`.
-_SOURCE_ROWS = {
-    "ready_made": "alps_ready_made_model",
-    "data_10pct": "alps_10pct_data",
-    "attn_only_10pct": "alps_attn_only_10pct",
-    "full": "alps",
-}
-
-
 def _sources(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     for model, seed, family in _axes(profile, coverage):
         given = {"base": model, "dataset": profile.families[family].datasets[0], "seed": seed}
         yield _cell(profile, "full", family, profile.run(method="full", **given), main=True)
-        for source, row in _SOURCE_ROWS.items():
+        for source, row in SOURCES.items():
             if source == "ready_made" and model not in profile.ready_made:
                 continue
             run = profile.run(method="alps", source=source, **given)
@@ -154,19 +154,19 @@ def _every_benchmark(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
             for other in profile.families:
                 tasks = profile.evaluation(profile.run(dataset=profile.families[other].datasets[0])).tasks
                 # A model's own benchmarks are Table 1's.
-                asked = {"main": True} if other == family else {"tasks": tasks}
-                yield _cell(profile, f"{method}/{family}", other, run, **asked)
+                own_task = other == family
+                yield _cell(profile, f"{method}/{family}", other, run, main=own_task, tasks=None if own_task else tasks)
 
 
 def _choice(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
     for dataset in profile.candidates:
-        asked = {"split": "validation", "limit": profile.search_limit}
-        # Data sets are chosen before rates are searched: by the recipe's own.
+        # Data sets are chosen before learning rates are searched: with the recipe's own.
         rate = profile.recipe.learning_rate
         given = {"dataset": dataset, "seed": profile.search_seed, "learning_rate": rate}
         for method in ("vanilla", "full"):
             run = profile.run(method=method, scope="all", **given)
-            yield _cell(profile, method, profile.family(dataset) or "rejected", run, tasks=(dataset,), **asked)
+            family = profile.family(dataset) or "rejected"
+            yield _cell(profile, method, family, run, tasks=(dataset,), split="validation", limit=profile.search_limit)
 
 
 def _search(profile: Profile, coverage: Coverage) -> Iterator[Cell]:
@@ -189,8 +189,11 @@ def _systems(profile: Profile, coverage: Coverage, examples: int) -> Iterator[Ce
             yield _cell(profile, method, family, profile.run(method=method, examples=examples, **given))
 
 
-#: Training examples of the tables of other systems; JoLA's claim is about few.
+#: Training examples in the tables that compare systems, few and many; JoLA's claim is about few.
 SIZES = (200, 2000)
+
+#: {table that compares systems: training examples}
+SYSTEMS = {f"systems_{size}": size for size in SIZES}
 
 TABLES: dict[str, Table] = {
     "choice": Table("Data sets to choose from, on validation questions", _choice),
@@ -208,26 +211,30 @@ TABLES: dict[str, Table] = {
     "table10": Table("Where the task model comes from", _sources, "table10"),
     "table14": Table("Every benchmark on every task's model", _every_benchmark, "table14"),
 } | {
-    f"systems_{size}": Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
-    for size in SIZES
+    name: Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
+    for name, size in SYSTEMS.items()
 }
 
 
 def cells(profile: Profile, table: str) -> list[Cell]:
-    """All cells of one of a profile's tables, whether measured yet or not."""
+    """All cells of one of a profile's tables, whether they have been run or not.
+
+    Raises:
+        UserError: the profile has no such table, or no run for it.
+    """
     one_of("table of this profile", table, profile.tables)
-    found = list(TABLES[table].cells(profile, profile.tables[table]))
-    if not found:
+    grid = list(TABLES[table].cells(profile, profile.tables[table]))
+    if not grid:
         raise UserError(
-            f"The profile has no run for {table} ({TABLES[table].title}): add what it is of, or leave the table out."
+            f"The profile has no run for {table} ({TABLES[table].title}): add what it needs, or leave the table out."
         )
-    return found
+    return grid
 
 
 def evaluations(profile: Profile) -> dict[str, Cell]:
     """Every evaluation that a profile's tables need, once: {name: a cell that needs it}."""
-    found: dict[str, Cell] = {}
+    first: dict[str, Cell] = {}
     for table in profile.tables:
         for cell in cells(profile, table):
-            found.setdefault(cell.config.name, cell)
-    return found
+            first.setdefault(cell.config.name, cell)
+    return first

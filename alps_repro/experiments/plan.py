@@ -1,4 +1,4 @@
-"""What a profile takes, before anything of it is run: how many runs, and the memory, tokens and disk of each kind.
+"""What a profile needs, before any of it is run: how many runs, and the memory, tokens and disk space of each kind.
 
 No weight is loaded: parameters are counted on models without data, memory follows from formulas, whose assumptions
 `assumptions` tells. GB are 10^9 bytes throughout.
@@ -18,6 +18,7 @@ from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
 from alps_repro.experiments.grid import evaluations
 from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.records import predecessors
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import head_count
 from alps_repro.models.embedded import EMBEDDED, embedded_model
@@ -168,7 +169,7 @@ def lengths(dataset: str, max_length: int) -> Lengths:
 
 @dataclass(frozen=True)
 class Runs:
-    """What a profile's tables need, each run once, by name."""
+    """What a profile's tables need: each run once, by name."""
 
     finetunings: dict[str, FinetuneConfig] = field(default_factory=dict)
     localizations: dict[str, LocalizeConfig] = field(default_factory=dict)
@@ -176,14 +177,13 @@ class Runs:
 
     def add(self, config: Any) -> None:
         """Add a run and what has to be run before it; a model that is named is there already."""
-        kind = {FinetuneConfig: "finetunings", LocalizeConfig: "localizations", EvaluateConfig: "evaluations"}
-        if type(config) not in kind:
-            return
-        known = getattr(self, kind[type(config)])
-        if config.name not in known:
+        runs: dict[type[Any], dict[str, Any]]
+        runs = {FinetuneConfig: self.finetunings, LocalizeConfig: self.localizations, EvaluateConfig: self.evaluations}
+        known = runs.get(type(config))
+        if known is not None and config.name not in known:
             known[config.name] = config
-            for before in ("model", "localization", "task_model"):
-                self.add(getattr(config, before, None))
+            for before in predecessors(config).values():
+                self.add(before)
 
 
 def needed(profile: Profile) -> Runs:
@@ -209,15 +209,18 @@ def trained_parameters(config: FinetuneConfig) -> tuple[int, int]:
         own = adapter.weights(layout, count, 0)
         return own, own
     if not method.uses_scores and method.rank:
+        assert adapter.weights is not None
         own = adapter.weights(layout, 0, method.rank(layout, config.ratio, None))
         return own, own
     if not method.uses_scores:
+        assert method.select is not None
         heads = method.select(layout, config.ratio, None, config.choice_seed)
         rows = 0 if heads is None else sum(map(len, layout.selected_rows(heads).values()))
         return outside + rows * model.row, outside + rows * model.row
     least = count + 2 * math.ceil(count / layout.heads_per_group)
     most = count + 2 * min(count, layout.layers * layout.groups)
     if method.rank:  # matched to the weights of such a selection
+        assert adapter.weights is not None
         unit, besides = lora_weights(layout), adapter.weights(layout, 0, 0)
         matched = (blocks * layout.head_dim * layout.hidden_size - besides for blocks in (least, most))
         least, most = (adapter.weights(layout, 0, max(1, round(weights / unit))) for weights in matched)
@@ -256,8 +259,8 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
     if config.scope == "all":
         # The rows of selected heads are parameters of their own beside the frozen matrix they replace.
         rows = trained - (model.total - model.attention)
-        weights = 4 * (model.total + (rows if rows < model.attention else 0))
-        copies = 0 if number == 4 else number * (model.linear + output)
+        weights: float = 4 * (model.total + (rows if rows < model.attention else 0))
+        copies: float = 0 if number == 4 else number * (model.linear + output)
     else:
         kept = model.stored if gpu else 4
         # NF4: half a byte, and a float32 per block of 64. LLM.int8: a byte, and a float32 per row.
@@ -266,9 +269,10 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
         # Frozen weights are cast, or query, key and value dequantized, anew in every layer, and kept for its backward
         # pass. bfloat16 weights count as another precision than float16.
         same = not quantized and kept == number and precision != "float16"
-        held = model.attention if quantized else model.linear
-        held /= layout.layers if recipe.gradient_checkpointing else 1
-        copies = 0 if same else number * (held + (output if number == 2 else 0))
+        cast = (model.attention if quantized else model.linear) / (
+            layout.layers if recipe.gradient_checkpointing else 1
+        )
+        copies = 0 if same else number * (cast + (output if number == 2 else 0))
 
     layer = _layer(config, number, size.longest)
     # One logit more than there are tokens: the one before the first predicts it.
@@ -331,9 +335,11 @@ def _disk(config: FinetuneConfig) -> tuple[float, float]:
 
 
 def plan(profile: Profile, card: float = 80.0) -> pd.DataFrame:
-    """What a profile's fine-tunings take: a row for each model, method, ratio, scope and quantization.
+    """What a profile's fine-tunings need: a row for each model, method, ratio, scope and quantization.
 
-    card: GB of a card's memory, which `fits` holds the total against.
+    Args:
+        profile: the profile.
+        card: memory of a GPU in GB, with which `fits` compares the total.
 
     Returns:
         columns model, method, ratio (NaN where it changes nothing), scope, quantization; runs; trained_least and
@@ -374,7 +380,7 @@ def plan(profile: Profile, card: float = 80.0) -> pd.DataFrame:
 
 
 def assumptions(profile: Profile) -> list[str]:
-    """What the numbers of `plan` rest on, in lines for people."""
+    """The assumptions behind the numbers of `plan`, in lines to be read."""
     configs = needed(profile).finetunings.values()
     names = sorted({config.dataset for config in configs})
     hub = [name for name in names if name in HUB]

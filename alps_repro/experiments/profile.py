@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,8 +15,15 @@ from alps_repro.errors import UserError, nearest, one_of
 from alps_repro.evaluation.benchmarks import check_tasks
 from alps_repro.experiments import configure
 from alps_repro.experiments.configs import (
+    EmbedConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    ImportanceConfig,
     Limit,
+    LocalizeConfig,
+    RecallConfig,
 )
+from alps_repro.experiments.configure import Run
 from alps_repro.experiments.grid import TABLES
 from alps_repro.localization.metrics import check_metric
 from alps_repro.models.checks import QUANTIZATIONS
@@ -26,7 +33,7 @@ from alps_repro.training.recipe import MaxLost, Recipe
 
 
 class Family(Settings):
-    """Data sets of one kind of task: heads are found and trained on the first, and carried over to the second."""
+    """Data sets of one kind of task: heads are localized and trained on the first, and transferred to the second."""
 
     datasets: tuple[str, ...] = Field(min_length=1, max_length=2)
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks; by default the offline task of the run's data set")
@@ -41,7 +48,7 @@ class Family(Settings):
 
 
 class Coverage(Settings):
-    """What of the profile a table shows; None: all."""
+    """The part of the profile that a table shows; None: all of it."""
 
     families: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
@@ -64,7 +71,7 @@ class Profile(Settings):
     results: str
     models: tuple[str, ...] = Field(min_length=1)
     families: dict[str, Family] = Field(min_length=1)
-    tables: dict[str, Coverage] = Field(default_factory=dict, description="which tables are made, of what")
+    tables: dict[str, Coverage] = Field(default_factory=dict, description="which tables are made, and what they show")
     quantization: str = "none"
     methods: tuple[str, ...] = ("full", "no_attn", "random", "layer_consistent", "lora", "alps")
     scope: str = "all"
@@ -101,11 +108,11 @@ class Profile(Settings):
     )
     template: Literal["none", "alpaca"] = "none"
     allow_code: bool = False
-    keep_models: bool = Field(True, description="or remove each tuned model once everything that needs it is done")
-    threads: int | None = Field(None, gt=0, description="processor threads of a run; all there are by default")
-    questions: int = Field(64, gt=0, description="validation examples that heads are chosen by, where they are")
-    score_and_truth: bool = Field(False, description="hold the scores against heads that moved, and that matter")
-    knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, asked of Table 1's models")
+    keep_models: bool = Field(True, description="False: remove each tuned model once all that needs it is done")
+    threads: int | None = Field(None, gt=0, description="processor threads of a run; None: all")
+    questions: int = Field(64, gt=0, description="validation examples, for selectors that use examples")
+    score_and_truth: bool = Field(False, description="compare scores with known changes, and with importance")
+    knowledge: tuple[str, ...] = Field((), description="tasks of general knowledge, for Table 1's models")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -126,17 +133,17 @@ class Profile(Settings):
             check_metric(metric, self.head_matrix, self.tau if metric == self.metric else 1.0, "position")
         for own in self.recipes.values():
             for name, settings in own.items():
-                method, at, ratio = name.partition("@")
+                method, at, own_ratio = name.partition("@")
                 one_of("method", method, ("default", *METHODS))
-                if at and not re.fullmatch(r"0\.\d+|1", ratio):
+                if at and not re.fullmatch(r"0\.\d+|1", own_ratio):
                     raise ValueError(f"The recipe of '{name}' is for no ratio: write it like alps@0.3.")
                 Recipe.check(**{**self.recipe.model_dump(), **settings})
         for name in self.candidates:
             one_of("offline data set", name, OFFLINE)
         for table, coverage in self.tables.items():
             one_of("table", table, TABLES)
-            for family in coverage.families or ():
-                one_of("family", family, self.families)
+            for name in coverage.families or ():
+                one_of("family", name, self.families)
             for method in coverage.methods or ():
                 one_of("method", method, METHODS)
         check_tasks(self.knowledge, self.allow_code)
@@ -186,13 +193,42 @@ class Profile(Settings):
             settings = {**settings, "results": os.path.relpath(Path(__file__).parents[2] / results)}
         return cls.check(**{str(k): v for k, v in {**settings, **given}.items()})
 
-    # From settings to configurations: functions of `configure`, called as methods.
-    family = configure.family_of
-    run = configure.run_of
-    finetuning = configure.finetuning
-    task_model = configure.task_model_of
-    localization = configure.localization
-    evaluation = configure.evaluation
-    recall = configure.recall
-    importance = configure.importance
-    embedding = configure.embedding
+    # From settings to configurations.
+
+    def family(self, dataset: str) -> str | None:
+        """The name of the family that a data set belongs to, or None."""
+        return configure.family_of(self, dataset)
+
+    def run(self, **given: Any) -> Run:
+        """A run of this profile: `given` fields of `Run`, the profile's own for those that are not given or None."""
+        return configure.run_of(self, **given)
+
+    def finetuning(self, run: Run) -> FinetuneConfig:
+        """The fine-tuning of a run, its localization included."""
+        return configure.finetuning(self, run)
+
+    def task_model(self, run: Run) -> Run | None:
+        """The run that makes the task model of a run's localization; None where that is ready-made or not needed."""
+        return configure.task_model_of(self, run)
+
+    def localization(self, run: Run, task_model: str | None = None) -> LocalizeConfig:
+        """The localization that a run's heads come from; `task_model` names another task model."""
+        return configure.localization(self, run, task_model)
+
+    def evaluation(
+        self, run: Run, tasks: Sequence[str] | None = None, split: str = "test", limit: int | None = None
+    ) -> EvaluateConfig:
+        """The evaluation of a run's model on tasks; by default on those of its data set's family, or its own."""
+        return configure.evaluation(self, run, tasks, split, limit)
+
+    def recall(self) -> RecallConfig:
+        """The test of the metrics on heads that were changed by a known amount."""
+        return configure.recall(self)
+
+    def importance(self, dataset: str | None = None) -> ImportanceConfig:
+        """The importance (Eq. 3) of the heads of the task model of a data set."""
+        return configure.importance(self, dataset)
+
+    def embedding(self) -> EmbedConfig:
+        """The embeddings of all data sets of the profile, by its first model."""
+        return configure.embedding(self)

@@ -1,25 +1,24 @@
-"""One JSON record a run: what was asked, what came out, and where it came from."""
+"""One JSON record per run: its configuration, its result, and where it came from.
+
+A `Record` knows its configuration and result loosely; the record of one kind (`EvaluateRecord` and so on), which
+`find_record`, `load_records` with a kind, and `isinstance` lead to, knows both by their types.
+"""
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import json
 import os
-import platform
-import resource
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints, overload
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, GetPydanticSchema, ValidationError
 
 from alps_repro.errors import UserError, explained
 from alps_repro.experiments.configs import (
@@ -30,51 +29,21 @@ from alps_repro.experiments.configs import (
     LocalizeConfig,
     RecallConfig,
 )
-from alps_repro.settings import differences, with_former
-
-SCHEMA_VERSION = 1
-
-#: Packages whose versions can change a result.
-PACKAGES = (
-    "alps-repro",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "lm-eval",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "reasoning-gym",
+from alps_repro.experiments.provenance import Provenance, peak_memory_bytes, provenance
+from alps_repro.experiments.results import (
+    EmbedResult,
+    EvaluateResult,
+    FinetuneResult,
+    ImportanceResult,
+    LocalizeResult,
+    RecallResult,
 )
+from alps_repro.settings import Settings, Strict, differences, with_former
+
+SCHEMA_VERSION: Literal[1] = 1
 
 
-class Block(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Provenance(Block):
-    """Where a run came from."""
-
-    commit: str | None = Field(description="git commit of the package's checkout; null outside of one")
-    dirty: bool | None = Field(description="whether tracked files outside results/ differed from that commit")
-    code: str | None = Field(None, description="SHA-256 of the modules that measure, the same in all of a table")
-    versions: dict[str, str]
-    python: str
-    system: str
-    processor: str
-    threads: int
-    gpu: str | None
-    model_sha256: dict[str, str] = Field(default_factory=dict, description="by role: base, task, tuned")
-    data_sha256: dict[str, str] = Field(default_factory=dict, description="by data set or task")
-    files_sha256: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="by role: every file of weights, configuration and tokenizer that was read"
-    )
-
-
-class Cost(Block):
+class Cost(Strict):
     """What a run took."""
 
     seconds: float
@@ -84,29 +53,21 @@ class Cost(Block):
 
 
 Config = LocalizeConfig | FinetuneConfig | EvaluateConfig | RecallConfig | ImportanceConfig | EmbedConfig
+Kind = Literal["localize", "finetune", "evaluate", "recall", "importance", "embed"]
 
-KINDS = {
-    LocalizeConfig: "localize",
-    FinetuneConfig: "finetune",
-    EvaluateConfig: "evaluate",
-    RecallConfig: "recall",
-    ImportanceConfig: "importance",
-    EmbedConfig: "embed",
-}
+#: Marks a type of results for the type checker: what is stored is read as it is, whichever version wrote it.
+AS_STORED = GetPydanticSchema(lambda source, handler: handler(dict[str, Any]))
 
 
-_CONFIGS = {kind: config for config, kind in KINDS.items()}
-
-
-class Record(Block):
+class Record(Strict):
     """A run. `result` is empty where `status` is `failed`; `error` is the sentence that says why."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: Literal["localize", "finetune", "evaluate", "recall", "importance", "embed"]
+    kind: Kind
     name: str
     status: Literal["completed", "failed"]
     config: Config
-    result: dict[str, Any] = Field(default_factory=dict)
+    result: Mapping[str, Any] = Field(default_factory=dict)
     provenance: Provenance
     cost: Cost
     finished: str = Field(description="UTC time, ISO 8601")
@@ -122,6 +83,71 @@ class Record(Block):
         if self.status == "completed":
             path.with_suffix(".failed.json").unlink(missing_ok=True)
         return path
+
+
+class LocalizeRecord(Record):
+    """A localization."""
+
+    kind: Literal["localize"]
+    config: LocalizeConfig
+    result: Annotated[LocalizeResult, AS_STORED]
+
+
+class FinetuneRecord(Record):
+    """A fine-tuning."""
+
+    kind: Literal["finetune"]
+    config: FinetuneConfig
+    result: Annotated[FinetuneResult, AS_STORED]
+
+
+class EvaluateRecord(Record):
+    """An evaluation."""
+
+    kind: Literal["evaluate"]
+    config: EvaluateConfig
+    result: Annotated[EvaluateResult, AS_STORED]
+
+
+class RecallRecord(Record):
+    """A test of the metrics on heads that were changed by a known amount."""
+
+    kind: Literal["recall"]
+    config: RecallConfig
+    result: Annotated[RecallResult, AS_STORED]
+
+
+class ImportanceRecord(Record):
+    """A measurement of how important each head is."""
+
+    kind: Literal["importance"]
+    config: ImportanceConfig
+    result: Annotated[ImportanceResult, AS_STORED]
+
+
+class EmbedRecord(Record):
+    """Embeddings of the questions of data sets."""
+
+    kind: Literal["embed"]
+    config: EmbedConfig
+    result: Annotated[EmbedResult, AS_STORED]
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+#: The record of each kind of run, typed by its configuration and its result.
+RECORDS: dict[Kind, type[Record]] = {
+    "localize": LocalizeRecord,
+    "finetune": FinetuneRecord,
+    "evaluate": EvaluateRecord,
+    "recall": RecallRecord,
+    "importance": ImportanceRecord,
+    "embed": EmbedRecord,
+}
+
+#: The class of each kind's configuration, and the kind of each configuration.
+CONFIGS: dict[Kind, type[Settings]] = {kind: get_type_hints(record)["config"] for kind, record in RECORDS.items()}
+KINDS: dict[type[Any], Kind] = {config: kind for kind, config in CONFIGS.items()}
 
 
 def record_path(folder: Path, kind: str, name: str) -> Path:
@@ -148,6 +174,18 @@ def write_whole(path: Path, text: str) -> None:
         raise UserError(f"'{path}' cannot be written ({why}): make room or choose another folder.") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder with its parents where it does not exist.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{folder}' cannot be made ({error.strerror}): choose another results folder.") from error
+
+
 def load_record(path: Path) -> Record:
     """Read one record.
 
@@ -169,10 +207,13 @@ def load_record(path: Path) -> Record:
 
 def _validated(path: Path, stored: dict[str, Any]) -> Record:
     try:
-        kind = _CONFIGS.get(str(stored.get("kind")))
-        if kind is not None and isinstance(stored.get("config"), dict):
-            stored = {**stored, "config": kind.model_validate(with_former(kind, stored["config"]))}
-        return Record.model_validate(stored)
+        kind = next((kind for kind in RECORDS if kind == stored.get("kind")), None)
+        if kind is None:
+            return Record.model_validate(stored)  # which says what is wrong
+        config = CONFIGS[kind]
+        if isinstance(stored.get("config"), dict):
+            stored = {**stored, "config": config.model_validate(with_former(config, stored["config"]))}
+        return RECORDS[kind].model_validate({"result": {}, **stored})
     except UserError as error:
         reason = str(error)
     except ValidationError as error:
@@ -190,16 +231,30 @@ class OtherRun(UserError):
         self.path, self.differs = path, differs
         shown = "; ".join(differs[:3]) + (f"; and {len(differs) - 3} more" if len(differs) > 3 else "")
         super().__init__(
-            f"The record '{path}' is of another run than is asked for ({shown}): make that run again, or keep its "
+            f"The record '{path}' is of another run than the requested one ({shown}): make that run again, or keep its "
             "results in another folder."
         )
 
 
+@overload
+def find_record(folder: Path, config: LocalizeConfig) -> LocalizeRecord | None: ...
+@overload
+def find_record(folder: Path, config: FinetuneConfig) -> FinetuneRecord | None: ...
+@overload
+def find_record(folder: Path, config: EvaluateConfig) -> EvaluateRecord | None: ...
+@overload
+def find_record(folder: Path, config: RecallConfig) -> RecallRecord | None: ...
+@overload
+def find_record(folder: Path, config: ImportanceConfig) -> ImportanceRecord | None: ...
+@overload
+def find_record(folder: Path, config: EmbedConfig) -> EmbedRecord | None: ...
+@overload
+def find_record(folder: Path, config: Config) -> Record | None: ...
 def find_record(folder: Path, config: Config) -> Record | None:
     """The record of a completed run in a folder of records; None where there is none.
 
-    The one way to a run's record. Its whole configuration is compared, defaults included, and what it says of its
-    models with what the records of its predecessors say, where these are there; the models need not be.
+    The only way to a run's record. Its whole configuration is compared, defaults included, and the hashes of its models
+    with those in the records of its predecessors, where these exist; the models themselves need not exist.
 
     Raises:
         OtherRun: the record is of another configuration, or of other models than its predecessors made.
@@ -225,8 +280,8 @@ def find_record(folder: Path, config: Config) -> Record | None:
 
 def predecessors(config: Config) -> dict[str, Config]:
     """The runs that a configuration holds directly, by the setting that holds them."""
-    held = {name: getattr(config, name) for name in type(config).model_fields}
-    return {name: value for name, value in held.items() if type(value) in KINDS}
+    settings = {name: getattr(config, name) for name in type(config).model_fields}
+    return {name: value for name, value in settings.items() if type(value) in KINDS}
 
 
 def _broken(record: Record, setting: str, made: Record) -> list[str]:
@@ -250,48 +305,9 @@ def _broken(record: Record, setting: str, made: Record) -> list[str]:
 SCORES = "head scores"
 
 
-def scores_hash(result: dict[str, Any]) -> str:
+def scores_hash(result: Mapping[str, Any]) -> str:
     """SHA-256 of the scores in the result of a localization."""
     return hashlib.sha256(json.dumps(result["values"]).encode()).hexdigest()
-
-
-def check_consistent(records: Iterable[Record]) -> None:
-    """Hold the hashes of records that are compared with each other: a name stands for one model, or set of questions.
-
-    Raises:
-        UserError: names two records that were made with different models or data of one name.
-    """
-    seen: dict[tuple[Any, ...], tuple[str, str]] = {}
-    for record in records:
-        for (what, *of), value in _named_inputs(record):
-            first, other = seen.setdefault((what, *of), (value, record.name))
-            if first != value:
-                raise UserError(
-                    f"The records {other} and {record.name} were made with different {what} of the name '{of[0]}': run "
-                    "one of them again."
-                )
-
-
-def _named_inputs(record: Record) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """What a record's configuration names, and the hash of what it was: ((kind, name, what else decides it), hash)."""
-    config, found = record.config, record.provenance
-    hashes = found.model_sha256
-    if isinstance(config, EvaluateConfig):
-        if isinstance(config.model, str):
-            yield ("models", config.model), hashes.get("evaluated", "")
-        elif "base" in hashes:
-            yield ("models", config.model.base), hashes["base"]
-        for task, value in found.data_sha256.items():
-            yield ("questions", task, config.split, config.limit, config.template), value
-    else:
-        if "base" in hashes:
-            yield ("models", config.base), hashes["base"]
-        if isinstance(config, LocalizeConfig) and isinstance(config.task_model, str) and "task" in hashes:
-            yield ("models", config.task_model), hashes["task"]
-    if isinstance(config, FinetuneConfig) and config.dataset in found.data_sha256:
-        recipe = config.recipe
-        size = (recipe.max_steps, recipe.batch_size, recipe.examples, recipe.data_share)
-        yield ("training examples", config.dataset, config.seed, *size), found.data_sha256[config.dataset]
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -305,180 +321,103 @@ def _load(path: Path, *state: int) -> Record:
     return load_record(path)
 
 
-def load_records(folder: Path, kind: str | None = None) -> list[Record]:
+@overload
+def load_records(folder: Path, kind: Literal["localize"]) -> list[LocalizeRecord]: ...
+@overload
+def load_records(folder: Path, kind: Literal["finetune"]) -> list[FinetuneRecord]: ...
+@overload
+def load_records(folder: Path, kind: Literal["evaluate"]) -> list[EvaluateRecord]: ...
+@overload
+def load_records(folder: Path, kind: Literal["recall"]) -> list[RecallRecord]: ...
+@overload
+def load_records(folder: Path, kind: Literal["importance"]) -> list[ImportanceRecord]: ...
+@overload
+def load_records(folder: Path, kind: Literal["embed"]) -> list[EmbedRecord]: ...
+@overload
+def load_records(folder: Path, kind: Kind | None = None) -> Sequence[Record]: ...
+def load_records(folder: Path, kind: Kind | None = None) -> Sequence[Record]:
     """All completed records of a folder in name order, of one kind or of all."""
     paths = sorted(folder.glob(f"{kind or '*'}-*.json"))
     return [load_record(path) for path in paths if not path.name.endswith(".failed.json")]
-
-
-def _git(*arguments: str) -> str | None:
-    checkout = Path(__file__).parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-#: The module that makes runs: what it imports, directly or not, is what can change a number.
-MEASURES = "experiments/runs.py"
-
-
-@functools.cache
-def _code() -> str:
-    """SHA-256 of what decides a run's result, given its configuration: the modules behind `MEASURES`."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in measuring_code(package):
-        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def measuring_code(package: Path) -> list[Path]:
-    """The files of the package that `MEASURES` imports, wherever in a module, and what lies in their sub-packages."""
-    found: set[Path] = {package / "__init__.py"}
-    waiting = [package / MEASURES]
-    while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        if path.parent != package:  # with what it may read, too
-            beside = path.parent.iterdir()
-            found |= {other for other in beside if other.is_file() and other.suffix not in (".py", ".pyc")}
-        waiting += _imported(path, package)
-    return sorted(found)
-
-
-def _imported(path: Path, package: Path) -> Iterator[Path]:
-    """The files of a package's modules that a file imports."""
-    for name in _imports(path.read_bytes()):
-        first, *rest = name.split(".")
-        for end in range(1, len(rest) + 1) if first == package.name else ():
-            place = package.joinpath(*rest[:end])
-            yield from (file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file())
-
-
-@functools.lru_cache
-def _imports(source: bytes) -> list[str]:
-    """What a module imports, by full names; a name that it takes from a module may be a module itself."""
-    names = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return names
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _on_gpu(config: Config) -> bool:
     """Whether a run computes on a GPU: there is one, and it was not told to leave it alone."""
     import torch
 
-    asked = config.recipe.device if isinstance(config, FinetuneConfig) else getattr(config, "device", "auto")
-    return asked != "cpu" and torch.cuda.is_available()
+    device = config.recipe.device if isinstance(config, FinetuneConfig) else getattr(config, "device", "auto")
+    return device != "cpu" and torch.cuda.is_available()
 
 
-def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
-    """The provenance of a run in this process; gpu: whether it used one, by default whether there is one."""
-    import torch
+@dataclass
+class Outcome:
+    """What a run's body fills in while `recorded` is open; `record` is written at its end."""
 
-    # What runs write into a checkout's results is no change of what made them.
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
-    return Provenance(
-        commit=_git("rev-parse", "HEAD"),
-        dirty=None if status is None else bool(status),
-        code=_code(),
-        versions={name: version for name in PACKAGES if (version := _version(name))},
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
-        threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name() if (torch.cuda.is_available() if gpu is None else gpu) else None,
-        **hashes,
-    )
-
-
-def peak_memory_bytes(gpu: bool | None = None) -> int:
-    """The most memory this process has held: on the GPU where it used one (by default: where there is one), or
-    resident."""
-    torch = sys.modules.get("torch")
-    if torch is not None and (torch.cuda.is_available() if gpu is None else gpu):
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-class Outcome(Block):
-    """What a run's body fills in while `recorded` is open."""
-
-    result: dict[str, Any] = Field(default_factory=dict)
-    model_sha256: dict[str, str] = Field(default_factory=dict)
-    data_sha256: dict[str, str] = Field(default_factory=dict)
-    files_sha256: dict[str, dict[str, str]] = Field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
+    model_sha256: dict[str, str] = field(default_factory=dict)
+    data_sha256: dict[str, str] = field(default_factory=dict)
+    files_sha256: dict[str, dict[str, str]] = field(default_factory=dict)
     trained_parameters: int | None = None
     total_parameters: int | None = None
     record: Record | None = None
 
+    def written(self, kind: type[RecordT]) -> RecordT:
+        """The record of a run that has been completed."""
+        assert isinstance(self.record, kind)
+        return self.record
+
 
 @contextmanager
 def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
-    """Time a run and write its record when it ends, as `failed` where it ends by an exception, which goes on."""
-    kind = KINDS[type(config)]
+    """Time a run and write its record when it ends, as `failed` where it ends by an exception, which is raised again.
+
+    Args:
+        folder: of the records.
+        config: of the run.
+
+    Yields:
+        what the run fills in.
+    """
     outcome, start = Outcome(), time.perf_counter()
-
-    def write(status: Literal["completed", "failed"], error: str | None) -> Record:
-        record = Record(
-            kind=kind,
-            name=config.name,
-            status=status,
-            config=config,
-            result=outcome.result if status == "completed" else {},
-            provenance=provenance(
-                _on_gpu(config),
-                model_sha256=outcome.model_sha256,
-                data_sha256=outcome.data_sha256,
-                files_sha256=outcome.files_sha256,
-            ),
-            cost=Cost(
-                seconds=round(time.perf_counter() - start, 3),
-                peak_memory_bytes=peak_memory_bytes(_on_gpu(config)),
-                trained_parameters=outcome.trained_parameters,
-                total_parameters=outcome.total_parameters,
-            ),
-            finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            error=error,
-        )
-        record.save(folder)
-        return record
-
     try:
         yield outcome
-        outcome.record = write("completed", None)
+        outcome.record = _write(folder, config, outcome, start)
     except BaseException as error:
         reason = explained(error) or error
-        with suppress(UserError):  # where nothing can be written, the error still has to be heard
-            write("failed", (str(reason).strip().splitlines() or [type(error).__name__])[0])
+        with suppress(UserError):  # where nothing can be written, the error still has to be raised
+            sentence = (str(reason).strip().splitlines() or [type(error).__name__])[0]
+            _write(folder, config, outcome, start, sentence)
         if reason is not error:
             raise reason from error
         raise
+
+
+def _write(folder: Path, config: Config, outcome: Outcome, start: float, error: str | None = None) -> Record:
+    """Write the record of a run that began at `start`; `error`: the sentence that says why it failed."""
+    kind, gpu = KINDS[type(config)], _on_gpu(config)
+    record = RECORDS[kind](
+        kind=kind,
+        name=config.name,
+        status="completed" if error is None else "failed",
+        config=config,
+        result=outcome.result if error is None else {},
+        provenance=provenance(
+            gpu,
+            model_sha256=outcome.model_sha256,
+            data_sha256=outcome.data_sha256,
+            files_sha256=outcome.files_sha256,
+        ),
+        cost=Cost(
+            seconds=round(time.perf_counter() - start, 3),
+            peak_memory_bytes=peak_memory_bytes(gpu),
+            trained_parameters=outcome.trained_parameters,
+            total_parameters=outcome.total_parameters,
+        ),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        error=error,
+    )
+    record.save(folder)
+    return record
 
 
 def schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import yaml
 from filelock import FileLock
 
 from alps_repro.errors import UserError
-from alps_repro.experiments.configs import FinetuneConfig
-from alps_repro.experiments.plan import needed
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
+from alps_repro.experiments.plan import Runs, needed
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import Config, OtherRun, find_record, load_record, write_whole
-from alps_repro.experiments.runs import done
+from alps_repro.experiments.records import KINDS, Config, OtherRun, find_record, load_record, write_whole
+from alps_repro.experiments.reuse import done
 
 SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
 
@@ -31,10 +31,13 @@ def profile_path(name: str) -> Path:
 
 
 def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
-    """The profile that a workflow was asked for: `file`, or, where snakemake's `config` says more, a file of all of it.
+    """The profile that a workflow runs: `file`, or, where snakemake's `config` differs, a file of all settings.
 
-    config: the settings of all config files and of `--config`, as snakemake puts them together. Runs read a profile of
-    their own, so what was overridden is written to the results folder.
+    Runs read a profile's file, so settings with overrides are written to the results folder.
+
+    Args:
+        file: the profile.
+        config: the settings of all config files and of `--config`, as snakemake puts them together.
 
     Raises:
         UserError: a setting is unknown or impossible.
@@ -51,8 +54,44 @@ def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
     return path
 
 
+def jobs(profile: Profile) -> Runs:
+    """The runs that the workflow makes each in a job of its own: evaluations, localizations, and the fine-tunings that
+    make task models. Any other fine-tuning is a part of its evaluation's job, after which its model may be removed."""
+    runs = needed(profile)
+    task_models = [config.task_model for config in runs.localizations.values()]
+    if profile.score_and_truth:
+        task_models.append(profile.importance().task_model)
+    trained = {config.name: config for config in task_models if isinstance(config, FinetuneConfig)}
+    return Runs(trained, runs.localizations, runs.evaluations)
+
+
+def waits_for(config: EvaluateConfig | LocalizeConfig, made: Runs) -> list[Config]:
+    """The runs among the jobs `made` that have to be done before the job of `config` starts."""
+    if isinstance(config, LocalizeConfig):
+        return [config.task_model] if isinstance(config.task_model, FinetuneConfig) else []
+    if isinstance(config.model, str):
+        return []
+    before: list[Config] = [config.model.localization] if config.model.localization is not None else []
+    return [*before, config.model] if config.model.name in made.finetunings else before
+
+
+def config_path(results: Path, kind: str, name: str) -> Path:
+    """Where the workflow writes the configuration of a run, for its notebook to read."""
+    return results / ".profiles" / "configs" / f"{kind}-{name}.json"
+
+
+def write_configs(results: Path, made: Runs) -> None:
+    """Write the configuration of every job's run, for its notebook to read; files that are right stay as they are."""
+    configs: list[Config] = [*made.finetunings.values(), *made.localizations.values(), *made.evaluations.values()]
+    for config in configs:
+        path, text = config_path(results, KINDS[type(config)], config.name), json.dumps(config.dump(), indent=1) + "\n"
+        if not (path.exists() and path.read_text() == text):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text)
+
+
 def check_records(profile: Profile) -> None:
-    """Compare the records that a profile's results folder holds with the runs that they would be taken for.
+    """Compare the records in a profile's results folder with the runs that would reuse them.
 
     Raises:
         UserError: some are of other runs; the sentence says which and how the first one differs.
@@ -91,21 +130,25 @@ def lock(results: Path) -> FileLock:
 
 
 def busy(results: Path) -> str:
-    """What a workflow says that finds another one at work."""
+    """The message of a workflow that finds another one at work."""
     return f"Another workflow is at work on '{results}': wait for it, then start again."
 
 
 def failures(profile: Profile) -> dict[str, str]:
-    """{run: why it failed} of a profile's runs that failed and have not been completed since."""
+    """{run: why it failed} for a profile's runs that failed and have not been completed since."""
     paths = sorted((Path(profile.results) / "records").glob("*.failed.json"))
     runs = needed(profile)
-    own = {"finetune": runs.finetunings, "localize": runs.localizations, "evaluate": runs.evaluations}
+    own: dict[str, Collection[str]] = {
+        "finetune": runs.finetunings,
+        "localize": runs.localizations,
+        "evaluate": runs.evaluations,
+    }
     failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name})]
     return {f"{record.kind} {record.name}": record.error or "" for record in failed}
 
 
 def remove_models(profile: Profile) -> list[Path]:
-    """Remove the tuned models that nothing of a profile needs any more; returns their folders.
+    """Remove the tuned models that no run of a profile needs any more; returns their folders.
 
     A model is needed until its evaluations, and the localizations and the importance of heads that are taken from it,
     are recorded. Records, scores and samples stay, and a run that is asked for later makes its model again.
@@ -129,12 +172,14 @@ def remove_models(profile: Profile) -> list[Path]:
 
 
 def reproduce(name: str, say: Callable[[str], None]) -> Path:
-    """Make everything of a profile that is not there yet; what is done is not repeated.
+    """Make everything of a profile that is missing; what is done is not repeated.
 
-    name: of a profile, or a path to one. say: takes a line for the user.
+    Args:
+        name: of a profile, or a path to one.
+        say: called with each line for the user.
 
     Returns:
-        the results folder.
+        The results folder.
 
     Raises:
         UserError: a run failed; all that does not need it has been made.
@@ -162,7 +207,7 @@ def reproduce(name: str, say: Callable[[str], None]) -> Path:
         )
     # What a notebook or command said of its end; else what snakemake said of its own.
     own = [line.removeprefix("alps-repro: ") for line in lines if line.startswith("alps-repro: ")]
-    last = own or [line for line in lines if "Error" in line or "rror:" in line] or lines or ["it said nothing."]
+    last = own or [line for line in lines if "Error" in line or "rror:" in line] or lines or ["it gave no reason."]
     raise UserError(f"The workflow stopped: {last[-1]}")
 
 

@@ -14,7 +14,8 @@ from scipy.stats import norm
 from alps_repro.analysis import figures, tables
 from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
-from alps_repro.experiments.records import Cost, Provenance, Record
+from alps_repro.experiments.provenance import Provenance
+from alps_repro.experiments.records import RECORDS, Cost, Record
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.localization.scores import HeadScores
 
@@ -37,7 +38,7 @@ def record(config: Any, result: dict[str, Any], kind: str, **settings: Any) -> R
     cost = Cost(
         seconds=12.0, peak_memory_bytes=1, trained_parameters=settings.pop("trained", None), total_parameters=TOTAL
     )
-    return Record(
+    return RECORDS[kind](
         **{"kind": kind, "name": config.name, "status": "completed", "config": config, "result": result}
         | {"provenance": PROVENANCE, "cost": cost, "finished": datetime.now(UTC).isoformat()}
         | settings

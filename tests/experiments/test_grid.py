@@ -17,8 +17,11 @@ from alps_repro.analysis import paper, tables
 from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
 from alps_repro.experiments.configure import SOURCES
-from alps_repro.experiments.grid import _SOURCE_ROWS, TABLES, Cell, cells, evaluations
+from alps_repro.experiments.grid import TABLES, Cell, cells, evaluations
+from alps_repro.experiments.notebooks import read_config
 from alps_repro.experiments.profile import Profile
+from alps_repro.experiments.workflow import config_path, waits_for, write_configs
+from alps_repro.experiments.workflow import jobs as jobs_of
 from alps_repro.heads.selection import HeadSelection
 from alps_repro.training.methods import METHODS, Method
 
@@ -119,7 +122,8 @@ def test_every_number_of_the_paper_finds_its_cell(table: str) -> None:
 
 
 def test_sources_of_task_models_each_have_a_row() -> None:
-    assert _SOURCE_ROWS.keys() == SOURCES.keys()
+    profile = Profile.load("paper")
+    assert rows(profile, "table10") == ["full", *SOURCES.values()]
 
 
 # Shared runs.
@@ -295,6 +299,48 @@ def test_workflow_runs_every_evaluation_of_the_paper_once(tmp_path: Path) -> Non
     }
     assert counts["localize"] == len(localized)
     assert not any(path.is_file() for path in tmp_path.rglob("*") if ".snakemake" not in path.parts)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_jobs_are_of_the_runs_that_records_hold(name: str) -> None:
+    """Evaluations, localizations and task models; each waits for what its configuration holds and a job makes."""
+    profile = Profile.load(name)
+    made = jobs_of(profile)
+    assert made.evaluations == {name: cell.config for name, cell in evaluations(profile).items()}
+    task_models = [c.task_model for c in made.localizations.values() if not isinstance(c.task_model, str)]
+    assert {config.name for config in task_models} <= made.finetunings.keys()
+    for config in made.localizations.values():
+        assert waits_for(config, made) == [config.task_model] * isinstance(config.task_model, FinetuneConfig)
+    waiting = 0
+    for config in made.evaluations.values():
+        before = waits_for(config, made)
+        waiting += len(before)
+        if isinstance(config.model, FinetuneConfig):
+            localization = [config.model.localization] if METHODS[config.model.method].uses_scores else []
+            assert before == localization + [config.model] * (config.model.name in made.finetunings)
+        else:
+            assert before == []
+    assert waiting
+
+
+def test_configurations_are_written_for_the_notebooks(tmp_path: Path) -> None:
+    """Each as its record holds it; one that is right is not written again."""
+    made = jobs_of(small_profile(tmp_path))
+    write_configs(tmp_path, made)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    every = {"finetune": made.finetunings, "localize": made.localizations, "evaluate": made.evaluations}
+    for kind, configs in every.items():
+        for name, config in configs.items():
+            assert read_config(config_path(tmp_path, kind, name), type(config)) == config
+    assert len(files) == sum(map(len, every.values())) == 3 + 3 + 10
+    wrong = config_path(tmp_path, "evaluate", next(iter(made.evaluations)))
+    right = wrong.read_text()
+    wrong.write_text("{")
+    write_configs(tmp_path, made)
+    assert wrong.read_text() == right
+    assert {path: path.stat().st_mtime_ns for path in files if path != wrong} == {
+        path: time for path, time in files.items() if path != wrong
+    }
 
 
 def test_workflow_of_a_model_that_is_missing_is_planned_nevertheless(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from alps_repro.experiments.configure import SOURCES
 from alps_repro.experiments.grid import cells, evaluations
 from alps_repro.experiments.notebooks import execute
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import load_record, load_records, record_path
+from alps_repro.experiments.records import Record, load_record, load_records, record_path
 from alps_repro.experiments.runs import evaluate_run
 from alps_repro.experiments.workflow import reproduce
 from alps_repro.localization.metrics import GROUNDS, HEAD_MATRICES, METRICS
@@ -148,7 +149,7 @@ def test_explanations_name_every_choice(path: Path) -> None:
     texts = {block.split(" = ")[0]: block for block in re.split(r"\n(?!#)", source)}
     for name in texts.keys() & CHOICES.keys():
         comment = texts[name].partition("#")[2]
-        if place := re.search(r"\b(alps_repro\.\w+)\.([A-Z]+)\b", comment):
+        if place := re.search(r"\b(alps_repro\.[\w.]+)\.([A-Z]+)\b", comment):
             listed = getattr(importlib.import_module(place[1]), place[2])
             # Questions whose answers are known are made for offline data sets alone.
             assert listed is (OFFLINE if path.stem == "08_score_and_truth" else CHOICES[name])
@@ -215,6 +216,7 @@ IMPOSSIBLE = {
     "against": (["ful"], "did you mean 'full'"),
     "max_lost": (2, "'max_lost' is 2"),
     "threshold": (0, "'threshold' is 0"),
+    "config": ("nowhere.json", "The configuration 'nowhere.json' cannot be read"),
 }
 
 
@@ -224,6 +226,87 @@ def test_impossible_parameters_are_refused_before_anything_runs(path: Path) -> N
         value, message = IMPOSSIBLE[name]
         with pytest.raises(UserError, match=message):
             check(path, **{name: value})
+
+
+# Or by a file that holds the whole configuration
+
+#: Of each notebook that accepts one: the kind of run, its variable there, and named parameters for one of its own.
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "01_localize_heads": ("localize", "localization", {"metric": "kl", "head_matrix": "concat", "seed": 3}),
+    "02_finetune": ("finetune", "finetuning", {"method": "random", "ratio": 0.2, "seed": 3, "learning_rate": 1e-5}),
+    "03_evaluate": ("evaluate", "evaluation", {"method": "alps", "tasks": ["gcd"], "limit": 3, "split": "validation"}),
+}
+each_run = pytest.mark.parametrize("name", RUNS)
+
+
+def notebook_path(name: str) -> Path:
+    return ROOT / "notebooks" / f"{name}.ipynb"
+
+
+def stored_config(folder: Path, name: str, **changes: Any) -> Path:
+    """The configuration that a notebook's named parameters give, in a file."""
+    _, variable, given = RUNS[name]
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**check(notebook_path(name), **given)[variable].dump(), **changes}))
+    return path
+
+
+def test_every_notebook_of_a_run_accepts_a_configuration() -> None:
+    assert {path.stem for path in NOTEBOOKS if "config" in parameters(read(path))} == set(RUNS)
+
+
+@each_run
+def test_a_configuration_is_taken_as_it_is(name: str, tmp_path: Path) -> None:
+    """Whatever the profile says of other runs."""
+    _, variable, given = RUNS[name]
+    made = check(notebook_path(name), config=str(stored_config(tmp_path, name)), profile="cpu", results=str(tmp_path))
+    assert made[variable] == check(notebook_path(name), **given)[variable]
+    assert made[variable] != check(notebook_path(name))[variable]
+    assert made["settings"].results == str(tmp_path)
+
+
+@each_run
+def test_no_named_parameter_beside_a_configuration(name: str, tmp_path: Path) -> None:
+    path = stored_config(tmp_path, name)
+    for other in {*parameters(read(notebook_path(name)))} - {"profile", "results", "config"}:
+        with pytest.raises(UserError, match=f"leave out the parameter '{other}', or `config`"):
+            check(notebook_path(name), config=str(path), **{other: "alps"})
+
+
+@each_run
+def test_wrong_configurations_are_refused(name: str, tmp_path: Path) -> None:
+    path = stored_config(tmp_path, name)
+    stored = json.loads(path.read_text())
+    nested, typo, right = {
+        "01_localize_heads": ("task_model", "datset", "dataset"),
+        "02_finetune": ("recipe", "max_step", "max_steps"),
+        "03_evaluate": ("model", "quantisation", "quantization"),
+    }[name]
+    first = next(iter(stored))
+    for wrong, message in {
+        json.dumps({**stored, f"{first}s": 1}): f"no parameter '{first}s': did you mean '{first}'",
+        json.dumps({**stored, nested: {**stored[nested], typo: 1}}): f"{typo}': did you mean '{right}'",
+        json.dumps({k: v for k, v in stored.items() if k != first}): f"The parameter '{first}' is missing",
+        "[1]": "holds no settings",
+        '"text"': "holds no settings",
+        "{": "cannot be read",
+        "[" * 100_000: "cannot be read",
+        "\x00": "cannot be read",
+    }.items():
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=message) as caught:
+            check(notebook_path(name), config=str(path))
+        assert f"The configuration '{path}'" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for other in RUNS.keys() - {name}:
+        with pytest.raises(UserError, match="is not one for this notebook: There is no parameter"):
+            check(notebook_path(name), config=str(stored_config(tmp_path, other)))
+    path.write_bytes(b"\xff\xfe")
+    for place in (str(path), str(tmp_path), str(tmp_path / ("x" * 300))):
+        with pytest.raises(UserError, match="cannot be read"):
+            check(notebook_path(name), config=place)
+    with pytest.raises(UserError, match="'config' is 5: give the path"):
+        check(notebook_path(name), config=5)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +374,14 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return profile_in(tmp_path_factory.mktemp("chain"))
 
 
+def lasting(record: Record) -> dict[str, Any]:
+    """A record without what differs each time that a run is made: times, and memory."""
+    found = record.model_dump(mode="json")
+    for part, names in {"cost": ("seconds", "peak_memory_bytes"), "result": ("training_seconds",)}.items():
+        found[part] = {name: value for name, value in found[part].items() if name not in names}
+    return {**found, "finished": None}
+
+
 @pytest.fixture(scope="module")
 def executed(profile: Profile) -> Callable[..., Any]:
     """Executes a notebook and reads the copy; what lies in the results folder by then is not made again.
@@ -348,7 +439,7 @@ def path_of(profile: Profile) -> str:
 
 
 def test_localize(profile: Profile, executed: Any) -> None:
-    """The task model is made as well; its parameters lead to the profile's own localization."""
+    """The task model is made as well; without parameters, the profile's own localization."""
     notebook = executed("01_localize_heads", profile=path_of(profile))
     assert len(shown(notebook, "image/png")) == 1
     assert len(shown(notebook, "text/html")) == 2
@@ -373,6 +464,26 @@ def test_evaluate(profile: Profile, executed: Any) -> None:
     assert answers.count("<tr>") == 1 + 2 * 2
     config = profile.evaluation(profile.run(method="full"), ["chain_sum", "gcd"], limit=2)
     assert record_path(Path(profile.results) / "records", "evaluate", config.name).exists()
+
+
+@each_run
+def test_a_configuration_makes_the_record_of_the_named_parameters(profile: Profile, tmp_path: Path, name: str) -> None:
+    """Of the name and with the content; the runs that it needs are made in the same folder, too."""
+    named = {
+        "01_localize_heads": ({}, profile.localization(profile.run())),
+        "02_finetune": ({"method": "alps"}, profile.finetuning(profile.run())),
+        "03_evaluate": ({"method": "full", "limit": 2}, profile.evaluation(profile.run(method="full"), limit=2)),
+    }
+    (given, config), kind, made = named[name], RUNS[name][0], []
+    (tmp_path / "config.json").write_text(json.dumps(config.dump()))
+    for i, words in enumerate((given, {"config": str(tmp_path / "config.json")})):
+        results = tmp_path / f"results-{i}"
+        execute(
+            notebook_path(name), tmp_path / "out.ipynb", {"profile": path_of(profile), "results": str(results), **words}
+        )
+        made.append({path.name: lasting(load_record(path)) for path in (results / "records").iterdir()})
+    assert made[0] == made[1]
+    assert record_path(Path(), kind, config.name).name in made[0]
 
 
 def test_transfer(profile: Profile, executed: Any) -> None:
@@ -515,9 +626,16 @@ def test_profile_makes_everything(reproduced: Any) -> None:
     for made in ("tables/table1.csv", "tables/summary.md", "figures/losses.svg", "figures/figure5.png", "claims.csv"):
         assert (results / made).stat().st_size > 100
     assert {path.name for path in results.iterdir()} == {
-        *[".locks", "records", "scores", "samples", "models", "tables", "figures", "notebooks"],
+        *[".locks", ".profiles", "records", "scores", "samples", "models", "tables", "figures", "notebooks"],
         *["claims.csv", "claims.md"],
     }
+    stored = {path.name: json.loads(path.read_text()) for path in (results / ".profiles" / "configs").iterdir()}
+    finetuning = record_path(results / "records", "finetune", profile.finetuning(profile.run(method="alps")).name)
+    assert stored == {
+        path.name: json.loads(path.read_text())["config"]
+        for path in (results / "records").iterdir()
+        if path != finetuning
+    }, "each job's run, and no other"
 
 
 @pytest.mark.long

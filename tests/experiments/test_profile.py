@@ -290,7 +290,7 @@ def refusals(*cases: tuple[Any, ...]) -> pytest.MarkDecorator:
     (lambda: EvaluateConfig.check(model="m", tasks=("humaneval",)), "allow_code"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), limit=0), "'limit' is 0"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), max_lost=-0.1), "'max_lost' is -0.1"),
-    (lambda: LocalizeConfig.check(base="m", task_model="t", max_lost=0.5), "asks no examples"),
+    (lambda: LocalizeConfig.check(base="m", task_model="t", max_lost=0.5), "uses no examples"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), template="alpacca"), "'template' is 'alpacca'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), quantization="3bit"), "quantization '3bit'"),
     (lambda: EvaluateConfig.check(model="m", tasks=("chain_sum",), split="train"), "'split' is 'train'"),

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -19,12 +20,13 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
 
 from alps_repro.data.datasets import data_hash, training_examples
 from alps_repro.errors import UserError
-from alps_repro.experiments import records, runs
+from alps_repro.experiments import provenance, records, runs
 from alps_repro.experiments.configs import (
     EmbedConfig,
     EvaluateConfig,
@@ -128,6 +130,36 @@ def test_real_records_fit_the_schema(done: Chain, kind: str, validator: jsonsche
         assert not validator.is_valid({**stored, name: {**stored[name], "new": 1}})
     assert not validator.is_valid({**stored, "new": 1})
     assert not validator.is_valid({**stored, "schema_version": records.SCHEMA_VERSION + 1})
+
+
+def committed(every: int) -> list[Path]:
+    """One in so many of the repository's records, and those of the rarer kinds."""
+    found = sorted((Path(records.__file__).parents[2] / "results").rglob("records/*.json"))
+    return [
+        path for i, path in enumerate(found) if i % every == 0 or not path.name.startswith(("eval", "fine", "local"))
+    ]
+
+
+@pytest.mark.parametrize("every", [25, pytest.param(1, marks=pytest.mark.long)])
+def test_committed_records_are_of_their_types(every: int, validator: jsonschema.Draft202012Validator) -> None:
+    """Each result as `results` says, with nothing left over; what is read and written again is equal."""
+    kinds: dict[str, int] = {}
+    for path in committed(every):
+        record, stored = load_record(path), json.loads(path.read_text())
+        validator.validate(stored)
+        kinds[record.kind] = kinds.get(record.kind, 0) + 1
+        assert type(record) is records.RECORDS[record.kind]
+        assert type(record.config) is records.CONFIGS[record.kind]
+        written = json.loads(record.model_dump_json())
+        assert written.pop("config") == record.config.dump()
+        assert written.pop("provenance").items() >= stored.pop("provenance").items()
+        stored.pop("config")
+        assert written == stored
+        of = typing.get_type_hints(type(record), vars(records))["result"]
+        assert TypeAdapter(of).validate_python(record.result) == record.result
+        if typing.is_typeddict(of):
+            assert of.__required_keys__ <= record.result.keys() <= of.__annotations__.keys()
+    assert kinds.keys() == records.RECORDS.keys()
 
 
 # What a record says
@@ -283,9 +315,9 @@ def test_record_of_each_kind_of_method(
 def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that are compared have the same; a change to tables, notebooks and the like makes none of them old."""
     package = tmp_path / "alps_repro"
-    shutil.copytree(Path(records.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(records, "__file__", str(package / "experiments" / "records.py"))
-    code = records._code.__wrapped__
+    shutil.copytree(Path(provenance.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "experiments" / "provenance.py"))
+    code = provenance._code.__wrapped__
     before, seen = code(), set()
     for path in sorted(path for path in package.rglob("*") if path.is_file()):
         text = path.read_bytes()
@@ -293,7 +325,7 @@ def test_code_is_of_what_measures_and_of_nothing_else(tmp_path: Path, monkeypatc
         if code() != before:
             seen.add(str(path.relative_to(package)))
         path.write_bytes(text)
-    assert code() == before == records._code()
+    assert code() == before == provenance._code()
     # All that runs import, settings and recipes too; found without the package's own way to find it.
     (package / "__init__.py").write_text("")  # it names modules for type checking alone, which the finder follows
     found = ModuleFinder(path=[str(tmp_path)])

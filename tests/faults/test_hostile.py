@@ -35,7 +35,8 @@ from alps_repro.experiments.configs import (
 from alps_repro.experiments.configure import Run
 from alps_repro.experiments.grid import evaluations
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import Cost, Record, load_record, provenance, record_path
+from alps_repro.experiments.provenance import provenance
+from alps_repro.experiments.records import Cost, Record, load_record, record_path
 from alps_repro.localization.scores import HeadScores
 from alps_repro.models.files import INDEX, SINGLE
 from alps_repro.models.folders import ADAPTER

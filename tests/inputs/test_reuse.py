@@ -24,7 +24,8 @@ from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, Local
 from alps_repro.experiments.grid import cells
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.records import OtherRun, find_record, load_record, record_path
-from alps_repro.experiments.runs import done, evaluate_run, finetune_run, localize_run
+from alps_repro.experiments.reuse import done
+from alps_repro.experiments.runs import evaluate_run, finetune_run, localize_run
 from alps_repro.models.folders import file_hashes
 from alps_repro.settings import FORMER, with_former
 from alps_repro.training import recipe
