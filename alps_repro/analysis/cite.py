@@ -120,7 +120,7 @@ def what_was_run(records: Sequence[Record], tasks: Sequence[str] | None = None) 
     else:
         said = f"{kind} {listed(record.name for record in records)}"
     own = sorted({(r.provenance.commit or "", bool(r.provenance.dirty)) for r in records})
-    commits = listed(_commit_text(*one) for one in own)
+    commits = listed(("commit " if commit else "commit: ") + commit_text(commit, dirty, 10) for commit, dirty in own)
     versions = listed(r.provenance.versions.get("alps-repro", "of unknown version") for r in records)
     return f"{said} (alps-repro {versions}, {commits})."
 
@@ -185,8 +185,9 @@ def _questions(records: Sequence[Record], tasks: Sequence[str] | None) -> str:
     return listed(asked.values())
 
 
-def _commit_text(commit: str, dirty: bool) -> str:
-    return (f"commit {commit[:10]}" if commit else "no commit") + (" with changes on top" if dirty else "")
+def commit_text(commit: str | None, dirty: bool | None, length: int | None = None) -> str:
+    """A commit's first `length` digits, or `none`, and whether files differed from it."""
+    return (commit or "none")[:length] + (" with changes on top" if dirty else "")
 
 
 # BibTeX
