@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alps_repro.analysis.figures import save
-from alps_repro.analysis.forest import ForestRow, forest
+from alps_repro.analysis.forest import ForestRow, forest, margin_text
 from alps_repro.analysis.statistics import Effect, Stratum, effect
 from alps_repro.analysis.tables import lower_is_better
 from alps_repro.analysis.timing import MEASURED, benchmark, seconds
@@ -55,12 +55,13 @@ DIGITS = {"accuracy": 1, "log_likelihood": 3, "loss": 4, "time": 2}
 
 #: How to read claims, in Markdown: the one text that `claims.md`, the report and the documentation share.
 EXPLANATION = (
-    "Each claim is a difference between two rows of a table, paired over questions and training seeds; what it "
-    "compares was fixed before the runs. Accuracies are compared in points and, beside them, the log-likelihood of "
-    "the correct answers in nats, which changes before an answer does. The 95 % interval treats training seeds and "
-    "questions as random samples and always includes the variance between seeds.\n\n"
+    "Each claim is a difference between two rows of a table, paired over questions and training seeds. What it "
+    "compares was fixed before the runs; how the interval is computed was changed after them. Accuracies are compared "
+    "in points and, beside them, the log-likelihood of the correct answers in nats, which changes before an answer "
+    "does. The 95 % interval treats training seeds and questions as random samples and always includes the variance "
+    "between seeds.\n\n"
     "A claim *holds* if its interval lies above zero, *fails* if its interval lies below the margin ("
-    + ", ".join(f"{margin:g} {UNITS[measure]}" for measure, margin in MARGINS.items())
+    + ", ".join(margin_text(margin, UNITS[measure]) for measure, margin in MARGINS.items())
     + "), and is *undecided* otherwise. A claim against several rivals has to hold against each of them; shown is the "
     "least favourable comparison. With one training seed the interval is over questions alone, and there is no "
     "verdict. The minimum detectable effect is the smallest true effect that these runs would detect with 80 % power. "

@@ -91,8 +91,13 @@ def forest(rows: Sequence[ForestRow]) -> Figure:
 _COLUMNS = (1 + 0.62 / _PLOT, 1 + 1.83 / _PLOT, 1 + 2.0 / _PLOT)
 
 
-def _aligned(x: float) -> dict[str, str]:
+def _aligned(x: float) -> dict[str, Any]:
     return {"ha": "left" if x == _COLUMNS[-1] else "right", "va": "center_baseline"}
+
+
+def margin_text(margin: float, unit: str) -> str:
+    """A margin with its unit, such as `1 point`."""
+    return f"{margin:g} {unit.removesuffix('s') if margin == 1 else unit}"
 
 
 def _lines(rows: Sequence[ForestRow], with_unit: bool) -> list[str | ForestRow]:
@@ -121,7 +126,7 @@ def _prepare(axes: Axes, lines: int, left: float, right: float) -> None:
     """Axes without a frame, the first line on top."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(7, steps=(1, 2, 5, 10)))
+    axes.xaxis.set_major_locator(MaxNLocator(9, steps=(1, 2, 5, 10)))
     axes.set_ylim(lines - 0.5, -0.5)
     axes.set_yticks([])
     axes.tick_params(axis="x", labelsize=_SIZE, length=3, color="0.5")
@@ -187,7 +192,7 @@ def _legend(figure: Figure, rows: Sequence[ForestRow], height: float) -> None:
     ]
     if "no verdict" in verdicts:
         handles[-1].set_label("no verdict: one training seed, interval over questions alone")
-    margins = ", ".join(dict.fromkeys(f"{row.margin:g} {row.unit}" for row in rows)).replace("1 points", "1 point")
+    margins = ", ".join(dict.fromkeys(margin_text(row.margin, row.unit) for row in rows))
     handles.append(Patch(color=_BAND, label=f"margin: {margins}"))
     figure.legend(
         handles=handles,

@@ -101,7 +101,7 @@ def effect(strata: Sequence[Stratum]) -> Effect:
 def _deviations(
     strata: Sequence[Stratum],
 ) -> tuple[dict[tuple[str, int], Any], dict[str, dict[int, float]], dict[str, float]]:
-    """What each question of a task and each seed of a model adds to the mean, and a model's residual to its variance."""
+    """What a task's questions and a model's seeds add to the mean, and a model's residual to its variance."""
     count = len(strata)
     of_questions: dict[tuple[str, int], Any] = {}
     of_seeds: dict[str, dict[int, float]] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from alps_repro.analysis import claims, figures
-from alps_repro.analysis.cite import commit_text, listed, package_bibtex, paper_bibtex
+from alps_repro.analysis.cite import commit_text, commits, listed, package_bibtex, paper_bibtex
 from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
 from alps_repro.experiments.grid import cells
@@ -27,7 +27,6 @@ def overview(site: Site) -> dict[str, Any]:
     """What was run, on what, what is missing, and how to cite it."""
     records = list(site.records.values())
     needed = {cell.config.name for name in site.profile.tables for cell in cells(site.profile, name)}
-    commits = sorted({(r.provenance.commit or "", bool(r.provenance.dirty)) for r in records})
     return {
         "models": listed(site.profile.models),
         "needed": len(needed),
@@ -42,7 +41,7 @@ def overview(site: Site) -> dict[str, Any]:
         "hours": sum(record.cost.seconds for record in records) / 3600,
         "where": _where(records),
         "small": _small_model(site),
-        "bibtex": [package_bibtex(commits), paper_bibtex()],
+        "bibtex": [package_bibtex(commits(records)), paper_bibtex()],
     }
 
 
