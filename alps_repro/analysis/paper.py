@@ -146,9 +146,9 @@ def averages() -> pd.DataFrame:
             continue
         values = group.set_index("benchmark")["value"]
         printed, cells = _exact(values["avg"]), values.drop("avg")
-        mean = sum(map(_exact, cells)) / len(cells)
+        mean = sum(map(_exact, cells), Fraction(0)) / len(cells)
         slack = sum((half_step(decimals(value)) for value in cells), Fraction(0)) / len(cells)
-        distance = abs(printed - mean)
+        distance: Fraction = abs(printed - mean)
         # Averages have two decimals everywhere.
         rows.append(
             {

@@ -71,7 +71,7 @@ class Verification:
     def holds(self) -> bool:
         return not self.wrong
 
-    def told(self) -> list[str]:
+    def lines(self) -> list[str]:
         """The comparison in lines for readers; the last is the verdict."""
         if not self.environment:
             place = ["Processor, threads, code and package versions are the record's: every number has to be equal."]
