@@ -392,7 +392,7 @@ def decided(profile: Profile) -> pd.DataFrame:
 
     Where a claim has several others, the row shows the least favourable comparison, and the claim holds if it holds
     against all. With one training seed, the interval is over questions alone, and there is no verdict (and no
-    `detectable`). Whether a step is faster stands beside Table 1, from a benchmark, whose rounds are not seeds.
+    `detectable`). Claims on time come with Table 1, from a benchmark, whose rounds are not seeds.
 
     Args:
         profile: Whose tables to look at.

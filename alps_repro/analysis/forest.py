@@ -20,7 +20,7 @@ class ForestRow:
 
     Attributes:
         label: What is compared.
-        group: The heading that the line stands under; lines of one group follow each other.
+        group: The heading above the line; lines of one group follow each other.
         effect: The difference.
         low: Lower end of its 95 % interval; NaN where there is none, as `high`.
         high: Upper end.
@@ -41,7 +41,7 @@ class ForestRow:
     digits: int
 
 
-#: How each verdict is drawn, so that it can be told without colours.
+#: How each verdict is drawn, so that it can be recognised without colours.
 LOOKS: dict[str, dict[str, Any]] = {
     "holds": {"color": COLOURS[2], "marker": "o", "markerfacecolor": COLOURS[2]},
     "undecided": {"color": "0.45", "marker": "D", "markerfacecolor": "white", "markersize": 5},

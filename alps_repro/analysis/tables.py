@@ -214,7 +214,7 @@ def paper_table(profile: Profile, table: str) -> pd.DataFrame:
     return long[PAPER_COLUMNS].reset_index(drop=True)
 
 
-#: Where a number of a paper table stands.
+#: The columns that identify a number of a paper table.
 _PLACE = ["model", "row", "column"]
 
 

@@ -192,7 +192,7 @@ def test_failed_and_missing_records_are_refused(paths: dict[str, Path], tmp_path
     stored = {**json.loads(paths["evaluate"].read_text()), "status": "failed", "result": {}, "error": "no disk"}
     path = tmp_path / "evaluate-x.failed.json"
     path.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="of a run that failed"):
+    with pytest.raises(UserError, match="of a failed run"):
         verify(path)
     with pytest.raises(UserError, match="cannot be read"):
         verify(tmp_path / "nowhere.json")
