@@ -298,7 +298,7 @@ def verify(
     from alps_repro.analysis.verify import verify as verified
 
     found = verified(record, results)
-    say = [what_was_run([found.record]), "", *found.told()]
+    say = [what_was_run([found.record]), "", *found.lines()]
     console.print("\n".join(say), soft_wrap=True, markup=False)
     if not found.holds:
         raise typer.Exit(1)

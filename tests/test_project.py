@@ -1,4 +1,7 @@
-"""What the project says of itself: lock, environment, citation, and every command and number of the README."""
+"""What the project says about itself: lock, environment, citation, and the commands and tables of its documents.
+
+Tables in documents are compared with those made from records, number by number; the sentences around them are free.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from tiny_models import tiny_checkpoint
 from typer.testing import CliRunner
 
 from alps_repro.analysis import tables
-from alps_repro.analysis.claims import write_claims
+from alps_repro.analysis.claims import EXPLANATION, write_claims
 from alps_repro.cli import app
 from alps_repro.doctor import locked_versions
 from alps_repro.experiments.grid import evaluations
@@ -30,6 +33,13 @@ from alps_repro.training.methods import METHODS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REFERENCE = ROOT / "results" / "reference" / "quick"
+DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+
+#: A table of a document, from `<!-- table: FILE -->` to `<!-- end of table -->`.
+SHOWN = re.compile(r"<!-- table: (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
+
+#: The note on claims in a document, from `<!-- note: claims -->` to `<!-- end of note -->`.
+NOTE = re.compile(r"<!-- note: claims -->\n(.*?)<!-- end of note -->", re.DOTALL)
 
 
 def requirements() -> list[Requirement]:
@@ -73,10 +83,43 @@ def test_citation_names_package_and_paper():
     assert citation["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+def rows(markdown: str) -> list[dict[str, str]]:
+    """Every row of the tables in a text: cells by column."""
+    found: list[dict[str, str]] = []
+    columns: list[str] = []
+    for line in markdown.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = []
+        elif not columns:
+            columns = cells
+        elif not set(line) <= set("|:- "):
+            found.append(dict(zip(columns, cells, strict=True)))
+    return found
+
+
+def content(path: Path) -> object:
+    """What is compared of a made file: a table's rows, or all of it."""
+    if path.suffix == ".md":
+        return rows(path.read_text())
+    if path.suffix == ".tex":
+        return [line for line in path.read_text().splitlines() if not line.startswith("%")]
+    return path.read_bytes()
+
+
+def check_committed(made: list[Path], folder: Path, committed: Path) -> None:
+    """Hold made tables against the committed ones; of figures, that they are there."""
+    for path in made:
+        own = committed / path.relative_to(folder)
+        if path.suffix in (".svg", ".png"):
+            assert own.stat().st_size > 5000, own
+        else:
+            assert content(path) == content(own), own
+
+
 def test_summary_is_what_the_committed_records_make(tmp_path):
     made = tables.write(tables.summary(load_records(REFERENCE / "records", "evaluate")), tmp_path, "summary")
-    for path in made:
-        assert path.read_bytes() == (REFERENCE / "tables" / path.name).read_bytes()
+    check_committed(made, tmp_path, REFERENCE / "tables")
 
 
 def test_reference_is_of_the_profile_as_it_is(tmp_path):
@@ -86,18 +129,30 @@ def test_reference_is_of_the_profile_as_it_is(tmp_path):
     recorded = {record.name for record in load_records(REFERENCE / "records", "evaluate")}
     assert recorded == set(evaluations(quick))
     made = [path for name in quick.tables for path in tables.write_paper_table(quick, name)] + write_claims(quick)
-    for path in made:
-        assert path.read_bytes() == (REFERENCE / path.relative_to(tmp_path)).read_bytes(), path.name
+    check_committed(made, tmp_path, REFERENCE)
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", README))
-def test_readme_shows_the_table(name):
-    shown = README.split(f"<!-- table: {name} -->\n")[1].split("<!-- end of table -->")[0].strip()
-    # In a results folder, cells link to the records beside it.
-    made = (ROOT / name).read_text().replace("](../records/", f"]({Path(name).parents[1]}/records/")
-    assert shown == made.strip()
+@pytest.mark.parametrize(
+    ("document", "name", "shown"),
+    [(path, name, shown) for path, text in DOCUMENTS.items() for name, shown in SHOWN.findall(text)],
+    ids=lambda value: value.name if isinstance(value, Path) else value if value.startswith("results/") else "",
+)
+def test_document_shows_rows_of_the_table(document, name, shown):
+    """In the table's order, perhaps not all of them nor all columns; links lead to files."""
+    links = r" \[\d+\]\([^)]*\)"
+    bare, own = (rows(re.sub(links, "", text)) for text in (shown, (ROOT / name).read_text()))
+    assert bare
+    left = iter(own)
+    for row in bare:
+        assert any(row.items() <= other.items() for other in left), f"{row} is not in {name}, or not in this place"
     for link in re.findall(r"\]\(([^)]+)\)", shown):
-        assert (ROOT / unquote(link)).exists(), link
+        assert (document.parent / unquote(link)).exists(), link
+
+
+def test_documents_explain_claims_in_the_same_words():
+    for path, text in DOCUMENTS.items():
+        for note in NOTE.findall(text):
+            assert note.split() == EXPLANATION.split(), path
 
 
 def test_tables_of_the_benchmarks_are_of_their_measurements(tmp_path, monkeypatch):
@@ -116,8 +171,7 @@ def test_committed_tables_and_claims_are_what_the_records_make(name, tmp_path):
     (tmp_path / "records").symlink_to(ROOT / "results" / name / "records")
     profile = Profile.load(name, results=str(tmp_path))
     made = [path for table in tables.of_profile(profile) for path in tables.write_paper_table(profile, table)]
-    for path in made + write_claims(profile):
-        assert path.read_bytes() == (ROOT / "results" / name / path.relative_to(tmp_path)).read_bytes(), path.name
+    check_committed(made + write_claims(profile), tmp_path, ROOT / "results" / name)
 
 
 def test_reference_gains_what_a_profile_must_show():

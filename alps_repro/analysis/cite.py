@@ -1,4 +1,4 @@
-"""A number of a table to be cited: the number, a sentence on what was run for it, and BibTeX."""
+"""To cite a number of a table: the number, a sentence on what was run for it, and BibTeX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from alps_repro.analysis.tables import digits, lower_is_better, paper_table
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
-from alps_repro.experiments.grid import TABLES, cells
+from alps_repro.experiments.grid import TABLES, Cell, cells
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.recorded import recorded_cells
 from alps_repro.experiments.records import Record
@@ -25,7 +25,16 @@ CITATION = Path(__file__).parents[2] / "CITATION.cff"
 
 @dataclass(frozen=True)
 class Cited:
-    """mean and half_width: as in the table's CSV. number: both, with what they are. sentence: what was run."""
+    """A number to cite; as text, all of it.
+
+    Attributes:
+        mean: As in the table's CSV file.
+        half_width: Half the width of the 95 % interval, as there.
+        number: Both, with table, row, column and unit.
+        sentence: What was run.
+        bibtex: Entries for this package and the paper.
+        records: Names of the evaluations' records.
+    """
 
     mean: float
     half_width: float
@@ -39,27 +48,27 @@ class Cited:
 
 
 def cite(profile: Profile, table: str, row: str, column: str, model: str | None = None) -> Cited:
-    """Cite one number of one of a profile's tables; `model` may be left out where the table has one.
+    """Cite one number of one of a profile's tables.
+
+    Args:
+        profile: Whose records to look at.
+        table: One of its tables.
+        row: A row of the table.
+        column: A column of the table.
+        model: May be left out where the profile has one.
 
     Raises:
         UserError: there is no such table, row, column or model, or the number has not been measured yet.
     """
     grid = cells(profile, table)
-    model = model or (profile.models[0] if len(profile.models) == 1 else None)
-    if model is None:
-        raise UserError(f"{table} has several models: say which by --model, of {', '.join(profile.models)}.")
-    one_of("model in this profile", model, profile.models)
-    one_of(f"row in {table}", row, dict.fromkeys(cell.row for cell in grid))
-    by_family = TABLES[table].by_family
-    known = dict.fromkeys(name for cell in grid for name in ((cell.family,) if by_family else cell.tasks))
-    one_of(f"column in {table}", column, [*known, *(["avg"] if len(known) > 1 else [])])
+    model = _checked_place(profile, table, grid, row, column, model)
     long = paper_table(profile, table)
-    found = long[(long["model"] == model) & (long["row"] == row) & (long["column"] == column)]
-    if found.empty:
+    numbers = long[(long["model"] == model) & (long["row"] == row) & (long["column"] == column)]
+    if numbers.empty:
         raise UserError(f"The row {row} of {table} has no {column} yet: not all of its runs are done.")
-    entry = found.iloc[0]
-    known = {record.name: record for _, record in recorded_cells(profile, table)}
-    records = [known[name] for name in record_names(long, entry)]
+    entry = numbers.iloc[0]
+    by_name = {record.name: record for _, record in recorded_cells(profile, table)}
+    records = [by_name[name] for name in record_names(long, entry)]
     over = f"{entry['seeds']} training seeds, Student's t" if entry["spread"] == "seeds" else "questions, Wilson's"
     number = f"{table}, {row}, {column}: {number_text(entry)}"
     number += f" (half the width of the 95 % interval over {over})" if entry["spread"] else ""
@@ -68,14 +77,26 @@ def cite(profile: Profile, table: str, row: str, column: str, model: str | None 
         for cell in grid
         if (cell.row, cell.base) == (row, model)
         for task in cell.tasks
-        if column == "avg" or column in (task, cell.family if by_family else task)
+        if column == "avg" or column in (task, cell.family if TABLES[table].by_family else task)
     )
     sentence = what_was_run(records, [task for task in tasks if column != "avg" or not lower_is_better(task)])
-    own = sorted({(r.provenance.commit or "", bool(r.provenance.dirty)) for r in records})
-    bibtex = "\n\n".join([package_bibtex(own), paper_bibtex()])
+    bibtex = "\n\n".join([package_bibtex(commits(records)), paper_bibtex()])
     return Cited(
         float(entry["mean"]), float(entry["half_width"]), number, sentence, bibtex, tuple(r.name for r in records)
     )
+
+
+def _checked_place(profile: Profile, table: str, grid: Sequence[Cell], row: str, column: str, model: str | None) -> str:
+    """The model; raises where table, row, column or model is not one of the profile's."""
+    model = model or (profile.models[0] if len(profile.models) == 1 else None)
+    if model is None:
+        raise UserError(f"{table} has several models: name one by --model, of {', '.join(profile.models)}.")
+    one_of("model in this profile", model, profile.models)
+    one_of(f"row in {table}", row, dict.fromkeys(cell.row for cell in grid))
+    by_family = TABLES[table].by_family
+    columns = dict.fromkeys(name for cell in grid for name in ((cell.family,) if by_family else cell.tasks))
+    one_of(f"column in {table}", column, [*columns, *(["avg"] if len(columns) > 1 else [])])
+    return model
 
 
 def number_text(entry: pd.Series) -> str:
@@ -86,7 +107,7 @@ def number_text(entry: pd.Series) -> str:
 
 
 def record_names(long: pd.DataFrame, entry: pd.Series) -> list[str]:
-    """The records behind a number of a paper table; behind an average, those of all that it is over."""
+    """The records behind a number of a paper table; behind an average, those of all its columns."""
     if entry["column"] != "avg":
         return entry["records"].split()
     line = long[(long["model"] == entry["model"]) & (long["row"] == entry["row"])]
@@ -103,43 +124,55 @@ def listed(words: Iterable[Any]) -> str:
     return " and ".join([", ".join(once[:-1]), once[-1]] if len(once) > 1 else once)
 
 
+def commits(records: Iterable[Record]) -> list[tuple[str, bool]]:
+    """The commits that records were made at, each once: (commit or "", whether files differed from it)."""
+    return sorted({(r.provenance.commit or "", bool(r.provenance.dirty)) for r in records})
+
+
 def what_was_run(records: Sequence[Record], tasks: Sequence[str] | None = None) -> str:
     """One sentence on runs of one kind: model, data, method, heads, scope, steps, seeds, questions, commit.
 
-    tasks: those of evaluations that are meant; by default all that were asked.
+    Args:
+        records: Of one kind, at least one.
+        tasks: Of evaluations, the tasks to name; by default all.
     """
-    kind, configs = records[0].kind, [record.config for record in records]
-    if kind == "localize":
-        said = f"All heads of {listed(config.base for config in configs)}, {localization_text(configs)}"
-    elif kind == "finetune":
-        said = training_text(configs)
-    elif kind == "evaluate":
-        tuned = [config.model for config in configs if isinstance(config.model, FinetuneConfig)]
-        model = training_text(tuned) if tuned else f"{listed(config.model for config in configs)} as it is, not tuned"
-        said = f"{model}; asked {_questions(records, tasks)}"
+    configs = [record.config for record in records]
+    localizations = [config for config in configs if isinstance(config, LocalizeConfig)]
+    trainings = [config for config in configs if isinstance(config, FinetuneConfig)]
+    evaluations = [config for config in configs if isinstance(config, EvaluateConfig)]
+    if localizations:
+        run = f"All heads of {listed(config.base for config in localizations)}, {localization_text(localizations)}"
+    elif trainings:
+        run = training_text(trainings)
+    elif evaluations:
+        models = [config.model for config in evaluations]
+        tuned = [model for model in models if isinstance(model, FinetuneConfig)]
+        model = training_text(tuned) if tuned else f"{listed(models)} as it is, not fine-tuned"
+        run = f"{model}; evaluated on {_questions(records, tasks)}"
     else:
-        said = f"{kind} {listed(record.name for record in records)}"
-    own = sorted({(r.provenance.commit or "", bool(r.provenance.dirty)) for r in records})
-    commits = listed(_commit_text(*one) for one in own)
+        run = f"{records[0].kind} {listed(record.name for record in records)}"
+    at = listed(
+        ("commit " if commit else "commit: ") + commit_text(commit, dirty, 10) for commit, dirty in commits(records)
+    )
     versions = listed(r.provenance.versions.get("alps-repro", "of unknown version") for r in records)
-    return f"{said} (alps-repro {versions}, {commits})."
+    return f"{run} (alps-repro {versions}, {at})."
 
 
 def training_text(configs: Sequence[FinetuneConfig]) -> str:
-    """What was trained on what and how, of runs that differ in data and seed at most."""
+    """What was trained, on what and how, of runs that differ at most in data and seed."""
     first = configs[0]
     method, recipes = METHODS[first.method], [config.recipe for config in configs]
     loaded = "" if first.quantization == "none" else f", loaded in {first.quantization},"
     what = "nothing of attention" if first.method == "no_attn" else method.about
     else_ = "nothing else" if first.scope == "heads" else "everything outside q, k and v"
-    said = (
+    text = (
         f"{listed(config.base for config in configs)}{loaded} trained on {_each(config.dataset for config in configs)} "
         f"by the method '{first.method}': {what} and {else_} (scope '{first.scope}')"
     )
     if method.uses_ratio:
-        said += f", {100 * first.ratio:g} % of the heads"
+        text += f", {100 * first.ratio:g} % of the heads"
     if localizations := [config.localization for config in configs if config.localization]:
-        said += f", {localization_text(localizations)}"
+        text += f", {localization_text(localizations)}"
     length = listed(
         f"{recipe.max_steps} steps of {recipe.batch_size} examples"
         if recipe.max_steps
@@ -148,24 +181,24 @@ def training_text(configs: Sequence[FinetuneConfig]) -> str:
     )
     seeds = dict.fromkeys(config.seed for config in configs)
     return (
-        f"{said}; {length} at a learning rate of {listed(f'{recipe.learning_rate:g}' for recipe in recipes)}, training "
+        f"{text}; {length} at a learning rate of {listed(f'{recipe.learning_rate:g}' for recipe in recipes)}, training "
         f"{'seeds' if len(seeds) > 1 else 'seed'} {listed(seeds)}"
     )
 
 
 def localization_text(configs: Sequence[LocalizeConfig]) -> str:
-    """How heads were scored, of localizations that differ in their task model at most."""
+    """How heads were scored, of localizations that differ at most in their task model."""
     first = configs[0]
-    found: dict[str, list[str]] = {}
+    by_training: dict[str, list[str]] = {}
     for config in configs:
         task = config.task_model
         if isinstance(task, FinetuneConfig):
             share = f"{task.recipe.data_share:.0%} of its data, " if task.recipe.data_share < 1 else ""
             steps = f", {task.recipe.max_steps} steps" if task.recipe.max_steps else ""
             how = f" ({share}method '{task.method}', scope '{task.scope}'{steps})"
-            found.setdefault(how, []).append(task.dataset)
+            by_training.setdefault(how, []).append(task.dataset)
     named = [config.task_model for config in configs if isinstance(config.task_model, str)]
-    against = listed([*named, *(f"its fine-tuning on {_each(names)}{how}" for how, names in found.items())])
+    against = listed([*named, *(f"its fine-tuning on {_each(names)}{how}" for how, names in by_training.items())])
     return f"scored by {first.metric} of {first.head_matrix} matrices against {against}"
 
 
@@ -175,18 +208,21 @@ def _each(words: Iterable[Any]) -> str:
 
 
 def _questions(records: Sequence[Record], tasks: Sequence[str] | None) -> str:
-    asked: dict[str, str] = {}
+    """How many questions of which split and tasks were evaluated on."""
+    texts: dict[str, str] = {}
     for record in records:
-        config: EvaluateConfig = record.config
+        config = record.config
+        assert isinstance(config, EvaluateConfig)
         for task in config.tasks:
             if tasks is None or task in tasks:
                 count = record.result["questions"].get(task) or (f"up to {config.limit}" if config.limit else "all")
-                asked[task] = f"{count} {config.split} questions of {task}"
-    return listed(asked.values())
+                texts[task] = f"{count} {config.split} questions of {task}"
+    return listed(texts.values())
 
 
-def _commit_text(commit: str, dirty: bool) -> str:
-    return (f"commit {commit[:10]}" if commit else "no commit") + (" with changes on top" if dirty else "")
+def commit_text(commit: str | None, dirty: bool | None, length: int | None = None) -> str:
+    """A commit's first `length` digits, or `none`, and whether files differed from it."""
+    return (commit or "none")[:length] + (" with changes on top" if dirty else "")
 
 
 # BibTeX
@@ -211,10 +247,10 @@ def _entry(kind: str, key: str, fields: dict[str, Any]) -> str:
     return "\n".join([f"@{kind}{{{key},", *lines, "}"])
 
 
-def package_bibtex(commits: Sequence[tuple[str, bool]]) -> str:
-    """BibTeX of this package at the commits of some records: (commit, whether files differed from it)."""
+def package_bibtex(at: Sequence[tuple[str, bool]]) -> str:
+    """BibTeX of this package at some `commits`."""
     citation = _citation()
-    note = listed(f"commit {commit}" + (" with changes on top" if dirty else "") for commit, dirty in commits if commit)
+    note = listed(f"commit {commit}" + (" with changes on top" if dirty else "") for commit, dirty in at if commit)
     fields = {
         "title": f"{{{citation['title']}}}",
         "author": _authors(citation["authors"]),

@@ -1,4 +1,7 @@
-"""Figures of records, of scores held against truth and of the paper's own numbers; `FIGURES` holds the paper's."""
+"""Figures: of training, of scores compared with ground truth, of the paper's own numbers, and the paper's (`FIGURES`).
+
+Claims have forest plots, which `forest.py` draws.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from alps_repro.experiments.grid import SIZES, cells
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.recorded import recorded_cells
 from alps_repro.experiments.records import Record, find_record
+from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import head_count
 from alps_repro.localization.recovery import highest_places
 from alps_repro.training.methods import METHODS
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's colours, which the colour-blind can tell apart.
+#: Okabe and Ito's colours, which the colour-blind can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 #: The same without black, and two more, for figures of many lines.
@@ -41,15 +45,15 @@ _MARKERS, _LINES = "os^Dv<>Ph*", ("-", "--", "-.", ":")
 
 
 def loss_curves(records: Iterable[Record]) -> Figure:
-    """Training loss in nats per counted token against the optimizer step, one line a run.
+    """Training loss in nats per loss token by optimizer step, a line for each run.
 
-    Of many runs, a panel per data set, with the median over the runs of each method and scope.
+    Many runs get a panel for each data set, with the median over the runs of each method and scope.
+
+    Args:
+        records: Those of fine-tunings that trained anything are shown, the others left out.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    found = [(r.config, r.result["losses"]) for r in records if isinstance(r.config, FinetuneConfig)]
-    runs = [(config, losses) for config, losses in found if losses]
+    curves = [(r.config, r.result["losses"]) for r in records if isinstance(r.config, FinetuneConfig)]
+    runs = [(config, losses) for config, losses in curves if losses]
     few = len(runs) <= len(COLOURS)
     lines: dict[str, dict[str, list[list[float]]]] = {}
     for config, losses in runs:
@@ -57,16 +61,34 @@ def loss_curves(records: Iterable[Record]) -> Figure:
         label = f"{config.method} (scope {config.scope}{seed})"
         lines.setdefault(label, {}).setdefault("" if few else config.dataset, []).append(losses)
     datasets = sorted({dataset for line in lines.values() for dataset in line})
-    across, down = min(len(datasets), 3), math.ceil(len(datasets) / 3)
-    width, height = max(2.9 * across, 5.2), max(2.5 * down, 3.6)
-    figure = Figure(figsize=(width if few else width + 2.6, height), layout="constrained")
-    panels = figure.subplots(down, across, sharex=True, squeeze=False).ravel()
+    figure, panels = _loss_panels(datasets, few)
     for i, (label, line) in enumerate(lines.items()):
-        look = {"color": MANY_COLOURS[i % len(MANY_COLOURS)], "ls": _LINES[i // len(MANY_COLOURS) % len(_LINES)]}
+        colour, style = MANY_COLOURS[i % len(MANY_COLOURS)], _LINES[i // len(MANY_COLOURS) % len(_LINES)]
         for dataset, alike in line.items():
             middle = [statistics.median(loss for loss in step if loss is not None) for step in zip_longest(*alike)]
             axes = panels[datasets.index(dataset)]
-            axes.plot(range(1, len(middle) + 1), middle, lw=1.6 if few else 1.1, label=label, **look)
+            width = 1.6 if few else 1.1
+            axes.plot(range(1, len(middle) + 1), middle, lw=width, label=label, color=colour, ls=style)
+    if few:
+        panels[0].legend(frameon=False)
+    else:
+        handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels())}
+        runs_of = [f"{label}: {sum(map(len, lines[label].values()))} runs" for label in lines]
+        figure.legend(
+            [handles[label] for label in lines], runs_of, loc="outside right center", frameon=False, fontsize=8
+        )
+    return figure
+
+
+def _loss_panels(datasets: Sequence[str], few: bool) -> tuple[Figure, Sequence[Axes]]:
+    """A panel for each data set, at most three side by side, on logarithmic axes of the loss."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    across, down = min(len(datasets), 3), math.ceil(len(datasets) / 3)
+    width, height = max(2.9 * across, 5.2), max(2.5 * down, 3.6)
+    figure = Figure(figsize=(width if few else width + 2.6, height), layout="constrained")
+    panels = figure.subplots(down, across, sharex=True, squeeze=False).ravel().tolist()
     for axes, dataset in zip(panels, datasets):
         axes.set_title(dataset, fontsize=10)
         axes.set_yscale("log")
@@ -79,22 +101,15 @@ def loss_curves(records: Iterable[Record]) -> Figure:
         axes.set_axis_off()
     for axes in panels[::across]:
         axes.set_ylabel("training loss, nats per token")
-    if few:
-        panels[0].legend(frameon=False)
-    else:
-        handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels())}
-        runs_of = [f"{label}: {sum(map(len, lines[label].values()))} runs" for label in lines]
-        figure.legend(
-            [handles[label] for label in lines], runs_of, loc="outside right center", frameon=False, fontsize=8
-        )
-    return figure
+    return figure, panels
 
 
 def recall(table: pd.DataFrame, share: float = 0.1) -> Figure:
-    """Recall against factor, a panel per head matrix, a line per metric; bars span the seeds.
+    """Recall by factor, a panel for each head-matrix variant, a line for each metric; bars span the seeds.
 
-    table: as `localization.recovery.recall_by_metric` gives it. share: of the heads that were moved, which is what
-        chance finds.
+    Args:
+        table: As `localization.recovery.recall_by_metric` gives it.
+        share: Of heads that were changed, which is the recall of a random choice.
     """
     from matplotlib.figure import Figure
 
@@ -104,13 +119,13 @@ def recall(table: pd.DataFrame, share: float = 0.1) -> Figure:
     for axes, kind in zip(panels, kinds):
         for i, metric in enumerate(metrics):
             own = table[(table["head_matrix"] == kind) & (table["metric"] == metric)]
-            found = own.groupby("factor")["recall"].agg(["mean", "min", "max"])
-            # Each metric a little to the side, so that equal ones do not hide each other.
+            recalls = own.groupby("factor")["recall"].agg(["mean", "min", "max"])
+            # Slightly offset, so that equal metrics do not hide each other.
             aside = 1 + 0.012 * (i - (len(metrics) - 1) / 2)
             axes.errorbar(
-                found.index.to_numpy() * aside,
-                found["mean"],
-                yerr=[found["mean"] - found["min"], found["max"] - found["mean"]],
+                recalls.index.to_numpy() * aside,
+                recalls["mean"],
+                yerr=[recalls["mean"] - recalls["min"], recalls["max"] - recalls["mean"]],
                 color=COLOURS[i % len(COLOURS)],
                 marker=_MARKERS[i % len(_MARKERS)],
                 linestyle=_LINES[i % len(_LINES)],
@@ -126,36 +141,32 @@ def recall(table: pd.DataFrame, share: float = 0.1) -> Figure:
         axes.minorticks_off()
         axes.set_ylim(-0.03, 1.05)
         axes.set_title(kind, fontsize=10)
-        axes.set_xlabel("how many times further they moved")
+        axes.set_xlabel("change relative to other heads, factor")
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("share of the moved heads found")
+    panels[0].set_ylabel("recall of the changed heads")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
 def importance(importance: np.ndarray, scores: np.ndarray, name: str, ratio: float = 0.1) -> Figure:
-    """Each head's importance against its score, with the highest heads by each marked.
+    """Each head's importance by its score, with the highest heads by each marked.
 
-    importance, scores: (layers, heads); name: of the scores. ratio: share of heads in each top set.
+    Args:
+        importance: The loss increase where a head is zero-ablated, nats per token: (layers, heads).
+        scores: (layers, heads).
+        name: Of the scores.
+        ratio: Share of heads in each top set.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     x, y, top = scores.ravel(), importance.ravel(), head_count(ratio, scores.size)
     by_score, by_importance = (np.isin(np.arange(x.size), highest_places(values, top)) for values in (x, y))
     figure = Figure(figsize=(6.0, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    # A few heads are far ahead of the rest in both, so both are spaced by ratio; importance, which may be below zero,
-    # only where it is beyond most. A few scores that are next to nothing would leave no room for the others.
-    label_x, middle = f"score: {name}", float(np.median(np.abs(y)))
-    lowest = np.percentile(x, 2.5)
-    if lowest > 0 and x.max() > 10 * lowest:
-        x, label_x = np.maximum(x, lowest), f"{label_x}; the lowest fortieth at the left edge"
-        axes.set_xscale("log")
-        if x.max() < 100 * lowest:  # powers of ten alone would leave an axis with one number or none
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    x, label_x = _score_axis(axes, x, name)
+    # A few heads are far ahead of the rest in both, so both are on logarithmic axes; importance, which may be negative,
+    # only beyond its median size.
+    middle = float(np.median(np.abs(y)))
     if middle > 0:
         axes.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(middle)))
     axes.axhline(0, color="0.6", lw=0.8)
@@ -176,7 +187,7 @@ def importance(importance: np.ndarray, scores: np.ndarray, name: str, ratio: flo
             label=f"{label} ({chosen.sum()})",
         )
     axes.set_xlabel(label_x)
-    axes.set_ylabel("importance: loss added, nats per token")
+    axes.set_ylabel("importance: loss increase, nats per token")
     axes.grid(alpha=0.25)
     figure.legend(
         title=f"in the top {ratio:.0%} by",
@@ -191,8 +202,31 @@ def importance(importance: np.ndarray, scores: np.ndarray, name: str, ratio: flo
     return figure
 
 
+def _score_axis(axes: Axes, x: np.ndarray, name: str) -> tuple[np.ndarray, str]:
+    """Make the x axis logarithmic where scores differ much; returns the scores to draw, and the axis' label.
+
+    A few scores next to zero would leave no room for the others, and are drawn at the left edge.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    label, lowest = f"score: {name}", np.percentile(x, 2.5)
+    if not (lowest > 0 and x.max() > 10 * lowest):
+        return x, label
+    axes.set_xscale("log")
+    if x.max() < 100 * lowest:  # powers of ten alone would leave an axis with one number or none
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    return np.maximum(x, lowest), f"{label}; the lowest 2.5 % at the left edge"
+
+
 def paper_differences(against: Sequence[str] = ("full", "random"), threshold: float = 1.96) -> Figure:
-    """`alps_repro.analysis.paper.differences()` as points with bars of `threshold` standard errors, a panel a model."""
+    """The paper's differences as points with bars of `threshold` standard errors, a panel for each model.
+
+    Args:
+        against: Methods of Table 1, as in `paper.differences`.
+        threshold: Standard errors; 1.96 for 95 %.
+    """
     from matplotlib.figure import Figure
 
     found = differences(against, threshold)
@@ -228,12 +262,12 @@ def paper_differences(against: Sequence[str] = ("full", "random"), threshold: fl
 
 
 def _short(model: str) -> str:
-    """A model's name without who published it."""
+    """A model's name without its publisher."""
     return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _panels(models: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
-    """A panel a model, side by side, on one axis of scores."""
+    """A panel for each model, side by side, on one axis of scores."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.2 + 3.4 * len(models), 3.6), layout="constrained")
@@ -246,7 +280,7 @@ def _panels(models: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _points(panel: Axes, places: Sequence[float], line: pd.DataFrame, i: int, **look: Any) -> None:
-    """Means with their intervals; where there is none, no bar is drawn. The i-th colour and marker of the panel."""
+    """Means with their intervals, if any, in the panel's i-th colour and marker."""
     look = {
         "color": MANY_COLOURS[i % 8],
         "marker": "os^Dvp*hX<>"[i % 11],
@@ -259,9 +293,9 @@ def _points(panel: Axes, places: Sequence[float], line: pd.DataFrame, i: int, **
 
 
 def ratios(profile: Profile) -> Figure:
-    """The paper's Figure 4: score against the share of heads that is trained, a panel a model, a line a benchmark.
+    """The paper's Figure 4: score by share of heads trained, a panel for each model, a line for each benchmark.
 
-    Bars are 95 % intervals, over what Table 3's are.
+    Bars are Table 3's 95 % intervals.
     """
     table = paper_table(profile, "table3")
     columns = list(dict.fromkeys(table["column"]))
@@ -269,7 +303,7 @@ def ratios(profile: Profile) -> Figure:
     for panel, (_, own) in zip(panels, table.groupby("model", sort=False)):
         for i, column in enumerate(columns):
             line = own[own["column"] == column]
-            # A little beside each other, so that no bar hides another.
+            # Slightly offset, so that no bar hides another.
             places = line["row"].astype(float) + 0.6 * (i - (len(columns) - 1) / 2)
             bold = {"color": "black", "lw": 2.2, "ls": "-"} if column == "avg" else {"lw": 1.1, "ls": "--"}
             _points(panel, list(places), line, i, label=column, **bold)
@@ -280,31 +314,16 @@ def ratios(profile: Profile) -> Figure:
 
 
 def selected_heads(profile: Profile) -> Figure:
-    """The paper's Figures 5 and 8: which heads `alps` selects, a panel a model and family.
+    """The paper's Figures 5 and 8: the heads that `alps` selects, a panel for each model and family.
 
-    Darker: selected in more of the training seeds.
+    Darker heads are selected in more of the training seeds.
     """
-    import numpy as np
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
 
-    from alps_repro.heads.layout import HeadLayout
-
-    chosen: dict[tuple[str, str], list] = {}
-    layouts: dict[str, HeadLayout] = {}
-    folder = Path(profile.results) / "records"
-    for cell in cells(profile, "table1"):
-        if cell.row != "alps" or not isinstance(cell.config.model, FinetuneConfig):
-            continue
-        trained = find_record(folder, cell.config.model)
-        scored = find_record(folder, cell.config.model.localization)
-        if trained is not None and scored is not None:
-            layouts[cell.base] = HeadLayout(**scored.result["layout"])
-            chosen.setdefault((cell.base, cell.family), []).append(trained.result["heads"])
-    if not chosen:
-        raise UserError("No run of alps is among the records yet: run the profile, then make its figures.")
-    models, families = (list(dict.fromkeys(key[i] for key in chosen)) for i in (0, 1))
-    seeds = max(len(runs) for runs in chosen.values())
+    layouts, counts = _selections(profile)
+    models, families = (list(dict.fromkeys(key[i] for key in counts)) for i in (0, 1))
+    seeds = max(seeds for _, seeds in counts.values())
     colours = ListedColormap([str(1 - 0.9 * (n / seeds) ** 0.8) for n in range(seeds + 1)])
     norm = BoundaryNorm([n - 0.5 for n in range(seeds + 2)], seeds + 1)
     heights = [max(1.2, 0.12 * layouts[model].layers) for model in models]
@@ -313,13 +332,9 @@ def selected_heads(profile: Profile) -> Figure:
     for line, model in zip(panels, models):
         layout = layouts[model]
         for panel, family in zip(line, families):
-            counts = np.zeros((layout.layers, layout.heads))
-            for heads in chosen.get((model, family), []):
-                for layer, head in heads:
-                    counts[layer, head] += 1
-            edges = [np.arange(n + 1) - 0.5 for n in (layout.heads, layout.layers)]
-            look = {"edgecolors": "0.88", "linewidth": 0.3}
-            mesh = panel.pcolormesh(*edges, counts, cmap=colours, norm=norm, **look)
+            count, _ = counts.get((model, family), (np.zeros((layout.layers, layout.heads)), 0))
+            x, y = (np.arange(n + 1) - 0.5 for n in (layout.heads, layout.layers))
+            mesh = panel.pcolormesh(x, y, count, cmap=colours, norm=norm, edgecolors="0.88", linewidth=0.3)
             panel.set_xticks(range(0, layout.heads, 1 if layout.heads <= 12 else 4))
             panel.set_yticks(range(0, layout.layers, 1 if layout.layers <= 8 else 5))
             panel.tick_params(labelsize=7, length=2, labelleft=panel is line[0])
@@ -334,10 +349,33 @@ def selected_heads(profile: Profile) -> Figure:
     return figure
 
 
-def transfer(profile: Profile) -> Figure:
-    """The paper's Figure 6: what each method reaches on the second data set of a family, a panel a model.
+def _selections(profile: Profile) -> tuple[dict[str, HeadLayout], dict[tuple[str, str], tuple[np.ndarray, int]]]:
+    """Each model's layout, and for each model and family in how many seeds each head is selected, of how many."""
+    layouts: dict[str, HeadLayout] = {}
+    counts: dict[tuple[str, str], tuple[np.ndarray, int]] = {}
+    folder = Path(profile.results) / "records"
+    for cell in cells(profile, "table1"):
+        if cell.row != "alps" or not isinstance(cell.config.model, FinetuneConfig):
+            continue
+        assert cell.config.model.localization is not None
+        trained = find_record(folder, cell.config.model)
+        scored = find_record(folder, cell.config.model.localization)
+        if trained is None or scored is None:
+            continue
+        layout = layouts[cell.base] = HeadLayout(**scored.result["layout"])
+        count, seeds = counts.get((cell.base, cell.family), (np.zeros((layout.layers, layout.heads)), 0))
+        for layer, head in trained.result["heads"]:
+            count[layer, head] += 1
+        counts[cell.base, cell.family] = count, seeds + 1
+    if not counts:
+        raise UserError("No run of alps is among the records yet: run the profile, then make its figures.")
+    return layouts, counts
 
-    Bars are 95 % intervals, over what Table 4's are.
+
+def transfer(profile: Profile) -> Figure:
+    """The paper's Figure 6: each method's score on the second data set of a family, a panel for each model.
+
+    Bars are Table 4's 95 % intervals.
     """
     table = paper_table(profile, "table4")
     columns, rows = list(dict.fromkeys(table["column"])), list(dict.fromkeys(table["row"]))
@@ -356,11 +394,12 @@ def transfer(profile: Profile) -> Figure:
 
 
 def embeddings(profile: Profile) -> Figure:
-    """The paper's Figure 7: where the base model puts each data set's questions, on three principal axes.
+    """The paper's Figure 7: the base model's embeddings of each data set's questions, on three principal axes.
 
     Two data sets of a family share a colour.
     """
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
 
     config = profile.embedding()
     record = find_record(Path(profile.results) / "records", config)
@@ -368,23 +407,28 @@ def embeddings(profile: Profile) -> Figure:
         raise UserError("The questions have not been embedded yet: run the profile, then make its figures.")
     points = record.result
     figure = Figure(figsize=(6.8, 4.4))
-    axes = figure.add_axes((-0.04, 0.0, 0.76, 1.0), projection="3d")
+    axes: Any = figure.add_axes((-0.04, 0.0, 0.76, 1.0), projection="3d")  # its class has no types
     for i, family in enumerate(profile.families.values()):
         for name, marker in zip(family.datasets, "o^"):
-            look = {"s": 9, "color": COLOURS[i % len(COLOURS)], "marker": marker, "alpha": 0.65, "lw": 0}
-            axes.scatter(*zip(*points[name]), label=name, **look)
+            x, y, z = np.array(points[name]).T
+            axes.scatter(x, y, z, label=name, s=9, color=COLOURS[i % len(COLOURS)], marker=marker, alpha=0.65, lw=0)
     axes.set_xlabel("first axis", fontsize=8)
     axes.set_ylabel("second axis", fontsize=8)
     axes.set_zlabel("third axis", fontsize=8)
     axes.tick_params(labelsize=7, pad=1)
     axes.set_box_aspect(None, zoom=0.95)
     legend = figure.legend(loc="center left", bbox_to_anchor=(0.73, 0.5), frameon=False, fontsize=8, markerscale=1.6)
-    legend.set_title(f"questions in\n{_short(config.base)}", {"size": 8})
+    legend.set_title(f"questions in\n{_short(config.base)}", FontProperties(size=8))
     return figure
 
 
 def systems(profile: Profile, table: str) -> Figure:
-    """Every system's score with its 95 % interval, and how many numbers it trains; colours by what these are."""
+    """Every system's score with its 95 % interval, and its trainable parameters; coloured by the kind of adapter.
+
+    Args:
+        profile: Whose records to look at.
+        table: One of its tables of systems.
+    """
     from matplotlib.figure import Figure
 
     long = paper_table(profile, table)
@@ -401,9 +445,11 @@ def systems(profile: Profile, table: str) -> Figure:
             look = {"color": MANY_COLOURS[i], "marker": "os^Dvp*h"[i], "ms": 5, "capsize": 2, "elinewidth": 1}
             panel.errorbar(entry["mean"], rows.index(row), xerr=entry["half_width"], **look)
         beside = panel.secondary_yaxis("right")
-        beside.set_yticks([rows.index(row) for row in own["row"]], _numbers_trained(profile, table, own), fontsize=8)
+        beside.set_yticks(
+            [rows.index(row) for row in own["row"]], _trainable_parameters(profile, table, own), fontsize=8
+        )
         beside.tick_params(length=0)
-        beside.set_ylabel("numbers trained", fontsize=9)
+        beside.set_ylabel("trainable parameters", fontsize=9)
         panel.set_title(_short(model), fontsize=10)
         panel.grid(axis="x", alpha=0.25)
         panel.set_xlabel("score, %")
@@ -412,8 +458,8 @@ def systems(profile: Profile, table: str) -> Figure:
     return figure
 
 
-def _numbers_trained(profile: Profile, table: str, own: pd.DataFrame) -> list[str]:
-    """How many numbers the first run behind each row trained; `–` where nothing was."""
+def _trainable_parameters(profile: Profile, table: str, own: pd.DataFrame) -> list[str]:
+    """The trainable parameters of the first run behind each row; `–` where nothing was trained."""
     first = {(cell.base, cell.row): record for cell, record in reversed(recorded_cells(profile, table))}
     counts = [first[place].cost.trained_parameters for place in zip(own["model"], own["row"])]
     return ["–" if trained is None else f"{trained:,}" for trained in counts]
@@ -421,9 +467,14 @@ def _numbers_trained(profile: Profile, table: str, own: pd.DataFrame) -> list[st
 
 @dataclass(frozen=True)
 class PaperFigure:
-    """title: one line. table: the table of the profile that it needs. draw: from a profile's records.
+    """One of a profile's figures.
 
-    row: of that table, which it is about. embeds: whether it needs the embeddings of the profile's data sets, too.
+    Attributes:
+        title: One line.
+        table: The table of the profile that it needs.
+        draw: Draws it from a profile's records.
+        row: The row of that table that it shows; None for all.
+        embeds: Whether it also needs the embeddings of the profile's data sets.
     """
 
     title: str
@@ -434,13 +485,13 @@ class PaperFigure:
 
 
 FIGURES: dict[str, PaperFigure] = {
-    "figure4": PaperFigure("Score against the share of heads", "table3", ratios),
-    "figure5": PaperFigure("Which heads are selected (the paper's Figures 5 and 8)", "table1", selected_heads, "alps"),
-    "figure6": PaperFigure("Heads carried over to another data set", "table4", transfer),
-    "figure7": PaperFigure("Where the base model puts the data sets' questions", "table4", embeddings, embeds=True),
+    "figure4": PaperFigure("Score by share of heads trained", "table3", ratios),
+    "figure5": PaperFigure("Selected heads (the paper's Figures 5 and 8)", "table1", selected_heads, "alps"),
+    "figure6": PaperFigure("Heads transferred to another data set", "table4", transfer),
+    "figure7": PaperFigure("The base model's embeddings of the questions", "table4", embeddings, embeds=True),
 } | {
     f"systems_{size}": PaperFigure(
-        f"Every system's score, {size} training examples", f"systems_{size}", partial(systems, table=f"systems_{size}")
+        f"Scores of all systems, {size} training examples", f"systems_{size}", partial(systems, table=f"systems_{size}")
     )
     for size in SIZES
 }
@@ -457,22 +508,37 @@ def of_profile(profile: Profile) -> list[str]:
 
 
 def write_figure(profile: Profile, name: str) -> list[Path]:
-    """Make `figures/NAME.svg` and .png of a profile from its records; returns their paths."""
+    """Make `figures/NAME.svg` and .png of a profile from its records.
+
+    Args:
+        profile: Whose records to look at.
+        name: One of `of_profile`.
+
+    Returns:
+        the two paths.
+
+    Raises:
+        UserError: the profile has no such figure, or its runs are not there yet.
+    """
     one_of("figure of this profile", name, of_profile(profile))
     return save(FIGURES[name].draw(profile), Path(profile.results) / "figures", name)
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write `name`.svg and .png (200 dpi), whole or not at all; returns their paths. Same figure, same bytes."""
+    """Write `NAME.svg` and .png (200 dpi), each whole or not at all: the same figure gives the same bytes.
+
+    Returns:
+        the two paths.
+    """
     import matplotlib
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # A constrained layout moves a little with every drawing, so it is settled once.
+    # A constrained layout changes slightly with every drawing, so it is computed once.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     paths = [folder / f"{name}.{suffix}" for suffix in ("svg", "png")]
-    settings = [{"metadata": {"Date": None}}, {"metadata": {"Software": None}, "dpi": 200}]
+    settings: list[dict[str, Any]] = [{"metadata": {"Date": None}}, {"metadata": {"Software": None}, "dpi": 200}]
     for path, own in zip(paths, settings):
         beside = folder / f".{name}.{os.getpid()}{path.suffix}"
         with matplotlib.rc_context({"svg.hashsalt": "alps-repro"}):

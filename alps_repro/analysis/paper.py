@@ -1,7 +1,8 @@
-"""What the paper reports, and its arithmetic: averages, repeated numbers, fractions, standard errors. No causes.
+"""The paper's reported numbers, and their arithmetic: averages, repeated numbers, fractions, standard errors.
 
-A number in `reported.csv` has no final zero, so that 34.2 may have been printed as 34.20. Where it matters, both
-readings are given: `as_stored` (34.2 is anything from 34.15 to 34.25) and `two_decimals` (34.195 to 34.205).
+This says which numbers agree, and nothing about causes. A number in `reported.csv` has no trailing zero, so that 34.2
+may have been printed as 34.20. Where it matters, both interpretations are given: `as_stored` (34.2 is anything from
+34.15 to 34.25) and `two_decimals` (34.195 to 34.205).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,28 +22,28 @@ if TYPE_CHECKING:
 
 NUMBERS = Path(__file__).parent / "reported.csv"
 
-#: The tables of `reported.csv`; 12 and 13 are the whole of Tables 4 and 5.
+#: The tables of `reported.csv`; 12 and 13 are Tables 4 and 5 in full.
 TABLES = ("table1", "table2", "table3", "table10", "table11", "table12", "table13", "table14")
 
 #: Tables whose columns are benchmarks; those of Table 12 are tasks, that of Table 11 hours.
-ACCURACIES = ("table1", "table2", "table3", "table10", "table13", "table14")
+ACCURACIES = tuple(table for table in TABLES if table not in ("table11", "table12"))
 
-#: Where Table 1's runs stand again, and under which setting.
+#: The tables that repeat Table 1's runs, and under which setting.
 REPEATS: dict[str, dict[str, str]] = {
     "full": {"table3": "100", "table10": "full", "table14": "full"},
     "no_attn": {"table3": "0", "table14": "no_attn"},
     "alps": {"table2": "pad", "table3": "10", "table10": "alps", "table14": "alps"},
 }
 
-#: The task whose model stands for a benchmark everywhere but in Table 14, which has every benchmark on every model.
+#: The task whose model a benchmark is evaluated on, except in Table 14, which has every benchmark on every model.
 TASK_OF = {
     **dict.fromkeys(("ifeval", "gpqa"), "general"),
     **dict.fromkeys(("gsm8k", "math"), "math"),
     **dict.fromkeys(("humaneval", "humaneval_plus", "mbpp", "mbpp_plus"), "code"),
 }
 
-#: How many questions a benchmark may have, and by whose count; the first is the one for standard errors (for code, the
-#: paper names EvalPlus). IFEval and MMLU are left out: their numbers are means of several accuracies.
+#: How many questions a benchmark may have, by source; the first is used for standard errors (for code, the paper names
+#: EvalPlus). IFEval and MMLU are left out: their numbers are means of several accuracies.
 QUESTIONS: dict[str, dict[str, int]] = {
     "gpqa": {"GPQA main": 448},
     "gsm8k": {"GSM8K, test": 1319},
@@ -74,7 +76,11 @@ def reported() -> pd.DataFrame:
 
 
 def paper_table(table: str) -> pd.DataFrame:
-    """One of the paper's tables, in its order: a row a model and setting (Table 14: and task), a column a benchmark."""
+    """One of the paper's tables, in its order: a row per model and setting (Table 14: and task), a benchmark a column.
+
+    Raises:
+        UserError: it is not in `TABLES`.
+    """
     one_of("table", table, TABLES)
     rows = reported().query("table == @table")
     keys = ["model", "setting", *(["train_task"] if rows["train_task"].notna().any() else [])]
@@ -91,7 +97,7 @@ def _exact(value: float) -> Fraction:
 
 
 def decimals(value: float) -> int:
-    """Decimals of a number in `reported.csv`; the printed one may have had a final zero more."""
+    """Decimals of a number in `reported.csv`; the printed one may have had one more, a trailing zero."""
     return len(repr(float(value)).split(".")[1])
 
 
@@ -102,7 +108,7 @@ def half_step(places: int) -> Fraction:
 
 @cache
 def is_fraction(value: float, questions: int, places: int) -> bool:
-    """Whether some k of that many questions, in percent, rounds to the printed value (ties either way)."""
+    """Whether some k out of so many questions, in percent, rounds to the printed value (ties either way)."""
     exact, half = _exact(value), half_step(places)
     low = max(0, math.ceil((exact - half) * questions / 100))
     return low <= min(questions, math.floor((exact + half) * questions / 100))
@@ -110,14 +116,14 @@ def is_fraction(value: float, questions: int, places: int) -> bool:
 
 @cache
 def share_of_fractions(questions: int, places: int = 2) -> float:
-    """Of all numbers from 0 to 100 with so many decimals, the share that some k of that many questions rounds to."""
+    """Of all numbers from 0 to 100 with so many decimals, the share that some k out of so many questions rounds to."""
     unit = 100 * 10**places
-    found = set()
+    reachable = set()
     for k in range(questions + 1):
         double = 2 * unit * k  # over 2 * questions; a tie may be rounded either way
-        found.add((double + questions) // (2 * questions))
-        found.add(-((questions - double) // (2 * questions)))
-    return len(found) / (unit + 1)
+        reachable.add((double + questions) // (2 * questions))
+        reachable.add(-((questions - double) // (2 * questions)))
+    return len(reachable) / (unit + 1)
 
 
 # Averages
@@ -126,9 +132,11 @@ def share_of_fractions(questions: int, places: int = 2) -> float:
 def averages() -> pd.DataFrame:
     """Printed averages beside those of the printed cells.
 
-    Columns: table, model, setting, cells, printed, mean (of the printed cells), low and high (where the mean of the
-    unrounded cells lies), differs (the mean does not round to the printed average), possible (some unrounded cells
-    round to the cells, and their mean to the average, as printed).
+    Returns:
+        a row per model and setting of tables with averages. Columns: table, model, setting, cells, printed, mean (of
+        the printed cells), low and high (between which the mean of the unrounded cells lies), differs (the mean does
+        not round to the printed average), possible (some unrounded cells round to the cells, and their mean to the
+        average, as printed).
     """
     import pandas as pd
 
@@ -138,9 +146,9 @@ def averages() -> pd.DataFrame:
             continue
         values = group.set_index("benchmark")["value"]
         printed, cells = _exact(values["avg"]), values.drop("avg")
-        mean = sum(map(_exact, cells)) / len(cells)
-        slack = sum(half_step(decimals(value)) for value in cells) / len(cells)
-        distance = abs(printed - mean)
+        mean = sum(map(_exact, cells), Fraction(0)) / len(cells)
+        slack = sum((half_step(decimals(value)) for value in cells), Fraction(0)) / len(cells)
+        distance: Fraction = abs(printed - mean)
         # Averages have two decimals everywhere.
         rows.append(
             {
@@ -159,11 +167,11 @@ def averages() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# Numbers that stand in several tables
+# Numbers in several tables
 
 
 def repeated() -> pd.DataFrame:
-    """Numbers of one model, method and benchmark that stand in several tables (`REPEATS`), a column a table."""
+    """Numbers of one model, method and benchmark that are in several tables (`REPEATS`), a column for each table."""
     import pandas as pd
 
     numbers = reported()
@@ -174,8 +182,8 @@ def repeated() -> pd.DataFrame:
     parts = []
     for method, places in REPEATS.items():
         first = runs["table1", method]
-        found = {"table1": first, **{table: runs[table, setting] for table, setting in places.items()}}
-        part = pd.DataFrame(found).reindex(first.index).reset_index()
+        columns = {"table1": first, **{table: runs[table, setting] for table, setting in places.items()}}
+        part = pd.DataFrame(columns).reindex(first.index).reset_index()
         part.insert(1, "method", method)
         parts.append(part)
     tables = [table for table in TABLES if any(table in part for part in parts)]
@@ -184,19 +192,20 @@ def repeated() -> pd.DataFrame:
 
 def contradictions() -> pd.DataFrame:
     """Those of `repeated()` that are not the same number everywhere."""
-    found = repeated()
-    values = found.drop(columns=["model", "method", "benchmark"])
-    return found[values.nunique(axis=1) > 1].dropna(axis=1, how="all").reset_index(drop=True)
+    numbers = repeated()
+    values = numbers.drop(columns=["model", "method", "benchmark"])
+    return numbers[values.nunique(axis=1) > 1].dropna(axis=1, how="all").reset_index(drop=True)
 
 
 # Accuracies as fractions
 
 
 def fractions() -> pd.DataFrame:
-    """For every printed accuracy and every count in `QUESTIONS`, whether it can be k of that many.
+    """For every printed accuracy and every count in `QUESTIONS`, whether it can be k out of so many.
 
-    Columns: table, model, setting, train_task, benchmark, value, questions, count (whose), as_stored, two_decimals.
-    Table 13's vanilla row, which is a model card's, is left out.
+    Returns:
+        a frame with the columns table, model, setting, train_task, benchmark, value, questions, count (its source),
+        as_stored, two_decimals. Table 13's vanilla row, which is a model card's, is left out.
     """
     import pandas as pd
 
@@ -207,7 +216,7 @@ def fractions() -> pd.DataFrame:
             value = number["value"]
             rows.append(
                 {
-                    **number,
+                    **{str(name): entry for name, entry in number.items()},
                     "questions": questions,
                     "count": count,
                     "as_stored": is_fraction(value, questions, decimals(value)),
@@ -218,20 +227,28 @@ def fractions() -> pd.DataFrame:
 
 
 def fraction_counts(by: Iterable[str] = (), table: str | None = None, distinct: bool = False) -> pd.DataFrame:
-    """How many printed accuracies can be k of N, for each benchmark and N, and for each of `by` (`setting`, `table`).
+    """How many printed accuracies can be k out of N, for each benchmark and N.
 
-    table: one table alone. distinct: count a model's equal numbers for a benchmark once, as most of them are repeats.
-    Columns: by, benchmark, count, questions, cells, as_stored, two_decimals, by_chance (how many of as many numbers
-    with two decimals, drawn evenly from 0 to 100, could be).
+    Args:
+        by: Further columns to count by, such as `setting` and `table`.
+        table: One table alone.
+        distinct: Count a model's equal numbers for a benchmark once, as most of them are repeats.
+
+    Returns:
+        a frame with the columns of `by`, benchmark, count, questions, cells, as_stored, two_decimals, by_chance
+        (expected number among as many numbers with two decimals, uniform from 0 to 100).
+
+    Raises:
+        UserError: `table` is not in `ACCURACIES`.
     """
-    found = fractions()
+    numbers = fractions()
     if table is not None:
         one_of("table", table, ACCURACIES)
-        found = found[found["table"] == table]
+        numbers = numbers[numbers["table"] == table]
     if distinct:
-        found = found.drop_duplicates([*by, "model", "benchmark", "value", "count"])
+        numbers = numbers.drop_duplicates([*by, "model", "benchmark", "value", "count"])
     keys = [*by, "benchmark", "count", "questions"]
-    counts = found.groupby(keys, sort=False).agg(
+    counts = numbers.groupby(keys, sort=False).agg(
         cells=("value", "size"), as_stored=("as_stored", "sum"), two_decimals=("two_decimals", "sum")
     )
     counts = counts.reset_index()
@@ -240,7 +257,15 @@ def fraction_counts(by: Iterable[str] = (), table: str | None = None, distinct: 
 
 
 def fraction_table(table: str = "table1", reading: str = "two_decimals") -> pd.DataFrame:
-    """A table's `fraction_counts`, a column a setting, each cell such as `3 of 3`; the last is chance's share."""
+    """A table's `fraction_counts` by setting, each cell such as `3 of 3`; the last column is the share by chance.
+
+    Args:
+        table: Of `ACCURACIES`.
+        reading: `two_decimals` or `as_stored`: how printed numbers are interpreted.
+
+    Raises:
+        UserError: either is unknown.
+    """
     one_of("reading", reading, ("two_decimals", "as_stored"))
     counts = fraction_counts(["setting"], table)
     counts["shown"] = [f"{can} of {cells}" for can, cells in zip(counts[reading], counts["cells"])]
@@ -279,8 +304,9 @@ def vanilla() -> pd.DataFrame:
 def drops() -> pd.DataFrame:
     """Points that Table 13's tuned rows lie below vanilla, per benchmark and in the average.
 
-    Columns: model, method, mmlu (the same shots on both sides), arc_challenge (0 shots against 25), average, and
-    across_protocols: the share of the two drops together that is ARC-Challenge's.
+    Returns:
+        a frame with the columns model, method, mmlu (the same shots on both sides), arc_challenge (0 shots and 25),
+        average, and across_protocols: the share of the two drops' sum that is ARC-Challenge's.
     """
     import pandas as pd
 
@@ -318,12 +344,16 @@ def _questions(benchmark: str) -> int:
 
 
 def standard_errors(table: str = "table1") -> pd.DataFrame:
-    """One row per accuracy of a table whose number of questions is known: its binomial standard error in points."""
+    """A row per accuracy of a table whose number of questions is known: its binomial standard error in points.
+
+    Raises:
+        UserError: the table is not in `ACCURACIES`.
+    """
     one_of("table", table, ACCURACIES)
-    found = reported().query("table == @table and benchmark in @QUESTIONS").reset_index(drop=True)
-    found["questions"] = [_questions(benchmark) for benchmark in found["benchmark"]]
-    found["standard_error"] = [standard_error(v, n) for v, n in zip(found["value"], found["questions"])]
-    return found
+    numbers = reported().query("table == @table and benchmark in @QUESTIONS").reset_index(drop=True)
+    numbers["questions"] = [_questions(benchmark) for benchmark in numbers["benchmark"]]
+    numbers["standard_error"] = [standard_error(v, n) for v, n in zip(numbers["value"], numbers["questions"])]
+    return numbers
 
 
 def differences(
@@ -333,17 +363,54 @@ def differences(
 ) -> pd.DataFrame:
     """`alps` minus other methods, in points and in standard errors of a difference, per model and benchmark.
 
-    against: methods of Table 1. threshold: standard errors; 1.96 is 95 %. questions: other counts than the first ones
-    of `QUESTIONS`. Benchmarks are those of Tables 1 and 13 whose questions can be counted.
+    The standard error is that of two binomial accuracies on separate questions. Both models answered the same
+    questions, for which it may be smaller (or larger); to know takes answers question by question, which the paper does
+    not give.
 
-    The standard error is that of two binomial accuracies on separate questions. Both models answered the same ones, for
-    which it may be smaller (or larger); that takes answers question by question, which the paper does not give.
+    Args:
+        against: Methods of Table 1.
+        threshold: Standard errors; 1.96 is 95 %.
+        questions: Other counts than the first ones of `QUESTIONS`.
 
-    Columns: model, benchmark, against, questions, alps, other, difference, standard_error, ratio (of the two, without
-    sign), below_1, below_threshold.
+    Returns:
+        a row per model, benchmark (of Tables 1 and 13, if its questions can be counted) and method. Columns: model,
+        benchmark, against, questions, alps, other, difference, standard_error, ratio (of the two, without sign),
+        below_1, below_threshold.
+
+    Raises:
+        UserError: a method or the threshold is unknown or out of range.
     """
     import pandas as pd
 
+    _check_comparison(against, threshold)
+    sizes = {**{name: _questions(name) for name in QUESTIONS}, **(questions or {})}
+    numbers = reported().query("table in ('table1', 'table13') and benchmark in @QUESTIONS")
+    values = numbers.set_index(["model", "setting", "benchmark"])["value"]
+    rows: list[dict[str, Any]] = []
+    for model, benchmark, method in product(numbers["model"].unique(), numbers["benchmark"].unique(), against):
+        size = sizes[benchmark]
+        alps, other = values[model, "alps", benchmark], values[model, method, benchmark]
+        error = math.hypot(standard_error(alps, size), standard_error(other, size))
+        ratio = abs(alps - other) / error
+        rows.append(
+            {
+                "model": model,
+                "benchmark": benchmark,
+                "against": method,
+                "questions": size,
+                "alps": alps,
+                "other": other,
+                "difference": alps - other,
+                "standard_error": error,
+                "ratio": ratio,
+                "below_1": ratio < 1,
+                "below_threshold": ratio < threshold,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _check_comparison(against: Sequence[str], threshold: float) -> None:
     others = [name for name in paper_table("table1").index.unique("setting") if name != "alps"]
     if not isinstance(against, (list, tuple)) or not against:
         raise UserError(f"'against' is {against!r}: give a list of methods, such as ['full', 'random'].")
@@ -351,33 +418,6 @@ def differences(
         one_of("method", method, others)
     if not (isinstance(threshold, (int, float)) and 0 < threshold < math.inf):
         raise UserError(f"'threshold' is {threshold!r}: give a positive number of standard errors, such as 1.96.")
-    sizes = {**{name: _questions(name) for name in QUESTIONS}, **(questions or {})}
-    numbers = reported().query("table in ('table1', 'table13') and benchmark in @QUESTIONS")
-    values = numbers.set_index(["model", "setting", "benchmark"])["value"]
-    rows: list[dict[str, Any]] = []
-    for model in numbers["model"].unique():
-        for benchmark in numbers["benchmark"].unique():
-            alps, size = values[model, "alps", benchmark], sizes[benchmark]
-            for method in against:
-                other = values[model, method, benchmark]
-                error = math.hypot(standard_error(alps, size), standard_error(other, size))
-                ratio = abs(alps - other) / error
-                rows.append(
-                    {
-                        "model": model,
-                        "benchmark": benchmark,
-                        "against": method,
-                        "questions": size,
-                        "alps": alps,
-                        "other": other,
-                        "difference": alps - other,
-                        "standard_error": error,
-                        "ratio": ratio,
-                        "below_1": ratio < 1,
-                        "below_threshold": ratio < threshold,
-                    }
-                )
-    return pd.DataFrame(rows)
 
 
 def difference_counts(found: pd.DataFrame) -> pd.DataFrame:

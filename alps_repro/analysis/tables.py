@@ -1,16 +1,17 @@
-"""Tables, made from records alone: CSV with plain numbers, Markdown and LaTeX to be read.
+"""Tables, made from records alone: CSV with plain numbers, Markdown and LaTeX for readers.
 
-`summary` is a row per evaluation of a results folder. `paper_table` is one of the paper's, in the paper's layout:
-the grid of `experiments` says which records it needs, and nothing else is looked at.
+`summary` has a row for each evaluation in a results folder. `paper_table` is one of the paper's tables, in the paper's
+layout: `experiments.grid` says which records it needs, and nothing else is looked at.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from alps_repro.analysis import timing
 from alps_repro.analysis.paper import reported
@@ -36,46 +37,22 @@ PAPER_COLUMNS = [
 
 
 def summary(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per evaluated model and task: what was trained, how it scores, what its training took.
+    """A row for each evaluated model and task: what was trained, its score, and the cost of its training.
 
-    Columns: base, dataset, method, ratio, scope, quantization, seed, task, score, low, high (95 % over questions),
-    strict, log_likelihood (of right answers, nats), questions, trained_parameters, trained_share, training_seconds,
-    record. Scores are in percent, losses in nats.
+    Args:
+        records: Those that are not of evaluations are left out.
+
+    Returns:
+        a frame with the columns base, dataset, method, ratio, scope, quantization, seed, task, score, low, high (95 %
+        over questions), strict, log_likelihood (of the correct answers, nats), questions, trained_parameters,
+        trained_share, training_seconds, record. Scores are in percent, losses in nats.
+
+    Raises:
+        UserError: there is no evaluation, or two records were made with different models or questions of one name.
     """
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
-    for record in records:
-        if not isinstance(record.config, EvaluateConfig):
-            continue
-        tuned = record.config.model if isinstance(record.config.model, FinetuneConfig) else None
-        cost = record.cost
-        for task, score in record.result["scores"].items():
-            questions = record.result["questions"].get(task)
-            strict = record.result["metrics"][task].get("exact_match,strict-match")
-            low, high = interval(score, questions) if strict is not None else (None, None)
-            rows.append(
-                {
-                    "base": tuned.base if tuned else record.config.model,
-                    "dataset": tuned.dataset if tuned else None,
-                    "method": tuned.method if tuned else "vanilla",
-                    "ratio": tuned.ratio if tuned and METHODS[tuned.method].uses_ratio else None,
-                    "scope": tuned.scope if tuned else None,
-                    "quantization": record.config.quantization,
-                    "seed": tuned.seed if tuned else None,
-                    "task": task,
-                    "score": score if lower_is_better(task) else 100 * score,
-                    "low": None if low is None else 100 * low,
-                    "high": None if high is None else 100 * high,
-                    "strict": None if strict is None else 100 * strict,
-                    "log_likelihood": record.result["metrics"][task].get("answer_loglikelihood,none"),
-                    "questions": questions,
-                    "trained_parameters": cost.trained_parameters if tuned else 0,
-                    "trained_share": cost.trained_parameters / cost.total_parameters if tuned else 0.0,
-                    "training_seconds": record.result.get("training_seconds"),
-                    "record": record.name,
-                }
-            )
+    rows = [row for record in records for row in _summary_rows(record)]
     if not rows:
         raise UserError("There is no record of an evaluation to make a table from: run an evaluation first.")
     check_consistent(records)
@@ -86,53 +63,89 @@ def summary(records: Sequence[Record]) -> pd.DataFrame:
     return table.drop(columns="_order").reset_index(drop=True).convert_dtypes()
 
 
+def _summary_rows(record: Record) -> Iterator[dict[str, Any]]:
+    config, result, cost = record.config, record.result, record.cost
+    if not isinstance(config, EvaluateConfig):
+        return
+    tuned = config.model if isinstance(config.model, FinetuneConfig) else None
+    trained, total = (cost.trained_parameters, cost.total_parameters) if tuned else (0, 1)
+    assert trained is not None
+    assert total is not None
+    for task, score in result["scores"].items():
+        questions = result["questions"].get(task)
+        strict = result["metrics"][task].get("exact_match,strict-match")
+        low, high = interval(score, questions) if strict is not None else (None, None)
+        yield {
+            "base": tuned.base if tuned else config.model,
+            "dataset": tuned.dataset if tuned else None,
+            "method": tuned.method if tuned else "vanilla",
+            "ratio": tuned.ratio if tuned and METHODS[tuned.method].uses_ratio else None,
+            "scope": tuned.scope if tuned else None,
+            "quantization": config.quantization,
+            "seed": tuned.seed if tuned else None,
+            "task": task,
+            "score": score if lower_is_better(task) else 100 * score,
+            "low": None if low is None else 100 * low,
+            "high": None if high is None else 100 * high,
+            "strict": None if strict is None else 100 * strict,
+            "log_likelihood": result["metrics"][task].get("answer_loglikelihood,none"),
+            "questions": questions,
+            "trained_parameters": trained,
+            "trained_share": trained / total,
+            "training_seconds": result.get("training_seconds"),
+            "record": record.name,
+        }
+
+
 def to_read(table: pd.DataFrame) -> pd.DataFrame:
-    """The summary with a reader's columns; the interval is over questions, for the one training seed of the row."""
+    """The summary with columns for readers; the interval is over questions, for the one training seed of the row."""
     import pandas as pd
 
-    def cell(value: Any, text: str) -> str:
-        return "–" if pd.isna(value) else text.format(value)
+    def text(value: Any, form: str) -> str:
+        return "–" if pd.isna(value) else f"{value:{form}}"
 
     return pd.DataFrame(
-        {
-            "method": table["method"],
-            "trains": [_trains(row) for row in table.itertuples()],
-            "trained parameters": [
-                f"{row.trained_parameters:,} ({row.trained_share:.1%})" for row in table.itertuples()
-            ],
-            "task": table["task"],
-            "score, %": [
-                f"{row.score:.4f} nats" if lower_is_better(row.task) else f"{row.score:.1f}"
-                for row in table.itertuples()
-            ],
-            "95 % interval": [
-                "–" if pd.isna(row.low) else f"{row.low:.1f} to {row.high:.1f}" for row in table.itertuples()
-            ],
-            "strict, %": [cell(value, "{:.1f}") for value in table["strict"]],
-            "log-likelihood, nats": [cell(value, "{:.2f}") for value in table["log_likelihood"]],
-            "questions": [cell(value, "{}") for value in table["questions"]],
-            "training, s": [cell(value, "{:.0f}") for value in table["training_seconds"]],
-        }
+        [
+            {
+                "method": row["method"],
+                "trains": _trains(row),
+                "trainable parameters": f"{row['trained_parameters']:,} ({row['trained_share']:.1%})",
+                "task": row["task"],
+                "score, %": f"{row['score']:.4f} nats" if lower_is_better(row["task"]) else f"{row['score']:.1f}",
+                "95 % interval": "–" if pd.isna(row["low"]) else f"{row['low']:.1f} to {row['high']:.1f}",
+                "strict, %": text(row["strict"], ".1f"),
+                "log-likelihood, nats": text(row["log_likelihood"], ".2f"),
+                "questions": text(row["questions"], ""),
+                "training, s": text(row["training_seconds"], ".0f"),
+            }
+            for row in table.to_dict("records")
+        ]
     )
 
 
-def _trains(row: Any) -> str:
+def _trains(row: Mapping[Hashable, Any]) -> str:
+    """What a row of the summary trains."""
     import pandas as pd
 
-    if row.method == "vanilla":
+    if row["method"] == "vanilla":
         return "nothing"
-    adapter = METHODS[row.method].adapter
+    adapter = METHODS[row["method"]].adapter
     if adapter != "rows":
         return ADAPTERS[adapter].about
-    share = "all" if pd.isna(row.ratio) else f"{row.ratio:.0%} of"
-    return f"{share} heads" + (" and everything else" if row.scope == "all" else " only")
+    share = "all" if pd.isna(row["ratio"]) else f"{row['ratio']:.0%} of"
+    return f"{share} heads" + (" and everything else" if row["scope"] == "all" else " only")
 
 
 def measured(profile: Profile, table: str) -> pd.DataFrame:
-    """What the records say of a table: one row per cell, task and seed that has been measured.
+    """The measured part of a table: a row for each cell, task and seed.
 
-    Columns: model, row, family, task, seed, score (as lm-eval gives it, between 0 and 1, or nats), log_likelihood (of
-    right answers, nats; NaN where there is none), questions, record, code.
+    Args:
+        profile: Whose records to look at.
+        table: One of the profile's tables.
+
+    Returns:
+        a frame with the columns model, row, family, task, seed, score (as lm-eval gives it, between 0 and 1, or nats),
+        log_likelihood (of the correct answers, nats; NaN where there is none), questions, record, code.
 
     Raises:
         UserError: nothing has been measured, or the records come from two versions of the measuring code.
@@ -144,7 +157,7 @@ def measured(profile: Profile, table: str) -> pd.DataFrame:
         raise UserError(
             f"No run of {table} is in '{records_folder(profile)}' yet: run the profile, then make its tables."
         )
-    # What trains nothing is one record, whatever the seed of the row.
+    # A row that trains nothing has one record, whatever the seed.
     return pd.DataFrame(rows).drop_duplicates(["model", "row", "family", "task", "record"], ignore_index=True)
 
 
@@ -167,51 +180,73 @@ def _rows(cell: Cell, record: Record) -> list[dict[str, Any]]:
 
 
 def paper_table(profile: Profile, table: str) -> pd.DataFrame:
-    """One of the paper's tables, long: a row per model, row and column, in the order of the grid.
+    """One of the paper's tables, long: a row for each model, row and column, in the order of the grid.
 
-    Columns: model, row, column (a task, a family, or `avg`), mean (percent, or nats for a loss), half_width (of the
-    95 % interval), spread (`seeds`, or `questions` where there is one training seed), seeds, best (of its column,
-    vanilla left out), against_full (the difference to the row `full`), log_likelihood (mean over seeds of the right
-    answers', nats) and log_likelihood_half_width (over seeds), reported and difference (the paper's number where the
-    model is the same, and ours minus it), records (names, joined by spaces).
+    Args:
+        profile: Whose records to look at.
+        table: One of the profile's tables.
+
+    Returns:
+        a frame with the columns model, row, column (a task, a family, or `avg`), mean (percent, or nats for a loss),
+        half_width (of the 95 % interval), spread (`seeds`, or `questions` where there is one training seed), seeds,
+        best (of its column, vanilla left out), against_full (the difference from the row `full`), log_likelihood (mean
+        over seeds of the correct answers', nats) and log_likelihood_half_width (over seeds), reported and difference
+        (the paper's number where the model is the same, and ours minus it), records (names, joined by spaces).
+
+    Raises:
+        UserError: nothing has been measured, or the records come from two versions of the measuring code.
     """
     import pandas as pd
 
-    found = measured(profile, table)
-    found["column"] = found["family"] if TABLES[table].by_family else found["task"]
-    found["loss"] = found["task"].map(lower_is_better)
-    found["value"] = found["score"].where(found["loss"], 100 * found["score"])
-    keys = ["model", "row", "column"]
-    each = [*keys, "seed"]
-    one = found.groupby(each, sort=False, dropna=False)
-    # One number a seed: the mean over a column's tasks, or over the families whose models were asked the same.
+    parts = measured(profile, table)
+    parts["column"] = parts["family"] if TABLES[table].by_family else parts["task"]
+    parts["loss"] = parts["task"].map(lower_is_better)
+    parts["value"] = parts["score"].where(parts["loss"], 100 * parts["score"])
+    seeds = _by_seed(parts)
+    columns = parts.loc[~parts["loss"], "column"].nunique()
+    if columns > 1 and (average := _averages(seeds, columns)) is not None:
+        seeds = pd.concat([seeds, average], ignore_index=True)
+    rows = [_entry(key, group) for key, group in seeds.groupby(_PLACE, sort=False)]
+    long = _against_full(pd.DataFrame(rows)).drop(columns="loss").merge(_reported(table), how="left", on=_PLACE)
+    long["difference"] = long["mean"] - long["reported"]
+    order = {key: {name: i for i, name in enumerate(dict.fromkeys(parts[key]))} | {"avg": 999} for key in _PLACE}
+    long = long.sort_values(_PLACE, key=lambda column: column.map(order[str(column.name)]), kind="stable")
+    return long[PAPER_COLUMNS].reset_index(drop=True)
+
+
+#: The columns that identify a number of a paper table.
+_PLACE = ["model", "row", "column"]
+
+
+def _by_seed(parts: pd.DataFrame) -> pd.DataFrame:
+    """One number for each place and seed: the mean over a column's tasks, or over families evaluated on one task."""
+    each = [*_PLACE, "seed"]
+    one = parts.groupby(each, sort=False, dropna=False)
     seeds = one.agg(value=("value", "mean"), log_likelihood=("log_likelihood", _whole_mean), loss=("loss", "first"))
-    # The same questions say nothing new when they are asked again, least of all of the same model: they count once.
-    asked = found.groupby([*each, "task"], sort=False, dropna=False).agg(
+    # A task's questions count once, however many families' models were evaluated on them.
+    tasks = parts.groupby([*each, "task"], sort=False, dropna=False).agg(
         value=("value", "mean"), loss=("loss", "first"), questions=("questions", "first")
     )
-    asked["half"] = [_over_questions(task.value, task.questions, task.loss) for task in asked.itertuples()]
-    halves = asked.groupby(each, sort=False, dropna=False)["half"].agg(_half_of_mean)
-    seeds = seeds.join(halves).join(one["record"].unique()).reset_index()
-    full = seeds[~seeds["loss"]].groupby(["model", "row", "seed"], sort=False, dropna=False)
-    if not TABLES[table].by_family or found["family"].nunique() > 1:
-        columns = found.loc[~found["loss"], "column"].nunique()
-        average = full.agg(
+    tasks["half"] = [_over_questions(*task) for task in zip(tasks["value"], tasks["questions"], tasks["loss"])]
+    halves = tasks.groupby(each, sort=False, dropna=False)["half"].agg(_half_of_mean)
+    return seeds.join(halves).join(one["record"].unique()).reset_index()
+
+
+def _averages(seeds: pd.DataFrame, columns: int) -> pd.DataFrame | None:
+    """The column `avg` of rows that have all columns, losses left out; None where no row has."""
+    average = (
+        seeds[~seeds["loss"]]
+        .groupby(["model", "row", "seed"], sort=False, dropna=False)
+        .agg(
             value=("value", "mean"),
             log_likelihood=("log_likelihood", _whole_mean),
             half=("half", _half_of_mean),
             parts=("column", "nunique"),
         )
-        average = average[average["parts"] == columns].drop(columns="parts").reset_index()  # nothing is left out of it
-        average["record"] = [[] for _ in range(len(average))]
-        if columns > 1 and len(average):
-            seeds = pd.concat([seeds, average.assign(column="avg", loss=False)], ignore_index=True)
-    rows = [_entry(key, group) for key, group in seeds.groupby(keys, sort=False)]
-    out = _against_full(pd.DataFrame(rows)).drop(columns="loss").merge(_reported(table), how="left", on=keys)
-    out["difference"] = out["mean"] - out["reported"]
-    order = {key: {name: i for i, name in enumerate(dict.fromkeys(found[key]))} | {"avg": 999} for key in keys}
-    out = out.sort_values(keys, key=lambda column: column.map(order[str(column.name)]), kind="stable")
-    return out[PAPER_COLUMNS].reset_index(drop=True)
+    )
+    average = average[average["parts"] == columns].drop(columns="parts").reset_index()
+    average["record"] = [[] for _ in range(len(average))]
+    return average.assign(column="avg", loss=False) if len(average) else None
 
 
 def _whole_mean(values: pd.Series) -> float:
@@ -228,10 +263,7 @@ def _over_questions(value: float, questions: float | None, loss: bool) -> float:
 
 
 def _half_of_mean(halves: Sequence[float]) -> float:
-    """Half the width of the interval of a mean of independent scores, from theirs: variances add up.
-
-    However many questions each has: a task of few is as large a part of the mean as one of many.
-    """
+    """Half the width of the interval of an unweighted mean of independent scores, from theirs: variances add up."""
     return math.sqrt(sum(half**2 for half in halves)) / len(halves)
 
 
@@ -241,11 +273,12 @@ def lower_is_better(task: str) -> bool:
 
 
 def digits(column: str) -> int:
-    """Decimals that the numbers of a column are printed with: points have 2, a loss in nats 4."""
+    """Decimals that a column's numbers are printed with: 2 for points, 4 for a loss in nats."""
     return 4 if lower_is_better(column) else 2
 
 
-def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
+def _entry(place: tuple[Hashable, ...], seeds: pd.DataFrame) -> dict[str, Any]:
+    """A number of a paper table, from those of its seeds."""
     values, likelihoods = list(seeds["value"]), list(seeds["log_likelihood"])
     if len(values) > 1:
         half, spread = over_seeds(values), "seeds"
@@ -253,7 +286,7 @@ def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
         half = float(seeds["half"].iloc[0])
         spread = "" if math.isnan(half) else "questions"
     return {
-        **dict(zip(("model", "row", "column"), key)),
+        **dict(zip(_PLACE, place)),
         "mean": sum(values) / len(values),
         "half_width": half,
         "spread": spread,
@@ -265,9 +298,13 @@ def _entry(key: tuple[str, str, str], seeds: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+#: The rows of tables that train all heads.
+_FULL = ("full", "100")
+
+
 def _against_full(table: pd.DataFrame) -> pd.DataFrame:
     """Add `best` and `against_full`."""
-    full = table[table["row"].isin(("full", "100"))].set_index(["model", "column"])["mean"]
+    full = table[table["row"].isin(_FULL)].set_index(["model", "column"])["mean"]
     keys = list(zip(table["model"], table["column"]))
     table["against_full"] = table["mean"] - [full.get(key, math.nan) for key in keys]
     signed = table["mean"].where(~table["loss"], -table["mean"]).where(table["row"] != "vanilla")
@@ -276,7 +313,7 @@ def _against_full(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reported(table: str) -> pd.DataFrame:
-    """The paper's numbers for a table, by the names that models and tasks have here."""
+    """The paper's numbers for a table, under our names of models and tasks."""
     paper = reported()
     paper = paper[paper["table"] == TABLES[table].reported].copy()
     paper["model"] = "meta-llama/" + paper["model"]
@@ -289,37 +326,40 @@ def _reported(table: str) -> pd.DataFrame:
 
 
 def paper_layout(table: pd.DataFrame, decimals: int | None = None, records: str | None = None) -> pd.DataFrame:
-    """A paper table as it is printed: a line per model and row, a column per benchmark.
+    """A paper table as it is printed: a line for each model and row, a column for each benchmark.
 
-    Cells: mean ± half the width of the 95 % interval, an arrow for above or below `full`, the best in bold
-    (Markdown's), and in brackets the paper's number where it has one. decimals: by default 2, of losses 4. records: the
-    folder of the records, to which each cell then leads by numbers from 1 on.
+    Args:
+        table: As `paper_table` gives it.
+        decimals: By default 2, and 4 for losses.
+        records: The folder of the records, to which each cell then has links, numbered from 1.
+
+    Returns:
+        a frame of cells: mean ± half the width of the 95 % interval, an arrow for above or below `full`, the best in
+        bold (Markdown's), and in brackets the paper's number where it has one.
     """
-    from urllib.parse import quote
-
-    import pandas as pd
-
-    def cell(row: Any) -> str:
-        places = decimals or digits(row.column)
-        text = f"{row.mean:.{places}f}"
-        if not math.isnan(row.half_width):
-            text += f" ± {row.half_width:.{places}f}"
-        text = f"**{text}**" if row.best else text
-        if row.row not in ("full", "100", "vanilla") and not math.isnan(row.against_full):
-            text += " ↑" if row.against_full > 0 else " ↓" if row.against_full < 0 else " ="
-        text = text if pd.isna(row.reported) else f"{text} (paper {row.reported:.{places}f})"
-        names = row.records.split() if records else []
-        return " ".join([text, *(f"[{i}]({records}/evaluate-{quote(name)}.json)" for i, name in enumerate(names, 1))])
-
-    shown = table.assign(cell=[cell(row) for row in table.itertuples()])
+    shown = table.assign(cell=[_cell_text(entry, decimals, records) for _, entry in table.iterrows()])
     lines = list(dict.fromkeys(zip(shown["model"], shown["row"])))
     wide = shown.pivot(index=["model", "row"], columns="column", values="cell")
     wide = wide.loc[lines, list(dict.fromkeys(shown["column"]))]
     return wide.fillna("–").rename_axis(columns=None).reset_index()
 
 
+def _cell_text(entry: pd.Series, decimals: int | None, records: str | None) -> str:
+    places = decimals or digits(entry["column"])
+    text = f"{entry['mean']:.{places}f}"
+    if not math.isnan(entry["half_width"]):
+        text += f" ± {entry['half_width']:.{places}f}"
+    text = f"**{text}**" if entry["best"] else text
+    against = entry["against_full"]
+    if entry["row"] not in (*_FULL, "vanilla") and not math.isnan(against):
+        text += " ↑" if against > 0 else " ↓" if against < 0 else " ="
+    text = text if math.isnan(entry["reported"]) else f"{text} (paper {entry['reported']:.{places}f})"
+    names = entry["records"].split() if records else []
+    return " ".join([text, *(f"[{i}]({records}/evaluate-{quote(name)}.json)" for i, name in enumerate(names, 1))])
+
+
 def log_likelihoods(table: pd.DataFrame) -> pd.DataFrame:
-    """The same rows and columns of a paper table, of the right answers' log-likelihoods; without columns of none."""
+    """A paper table's log-likelihoods of the correct answers as a table of its own, without columns that have none."""
     own = table.assign(mean=table["log_likelihood"], half_width=table["log_likelihood_half_width"], loss=False)
     own["spread"] = own["half_width"].notna().map({True: "seeds", False: ""})
     own["reported"] = math.nan
@@ -330,72 +370,78 @@ def log_likelihoods(table: pd.DataFrame) -> pd.DataFrame:
 def spread_note(table: pd.DataFrame) -> str:
     """What the intervals of a paper table are over, and which of its columns are losses, in a sentence each."""
     losses = [column for column in dict.fromkeys(table["column"]) if lower_is_better(column)]
-    told = f" {', '.join(losses)}: loss in nats per token, where lower is better." if losses else ""
-    found = [name for name in dict.fromkeys(table["spread"]) if name]
-    if not found:
-        return f"There is no interval: one training seed says nothing of others.{told}"
+    on_losses = f" {', '.join(losses)}: loss in nats per token, where lower is better." if losses else ""
+    spreads = [name for name in dict.fromkeys(table["spread"]) if name]
+    if not spreads:
+        return f"There is no interval: there is only one training seed.{on_losses}"
     seeds = sorted({int(n) for n in table.loc[table["spread"] == "seeds", "seeds"]})
-    parts = {
+    over = {
         "seeds": f"{' or '.join(map(str, seeds))} training seeds (Student's t)",
         "questions": "questions, where there is one training seed or nothing was trained (Wilson)",
     }
-    return f"± is half the width of the 95 % interval over {'; or over '.join(parts[name] for name in found)}.{told}"
+    return (
+        f"± is half the width of the 95 % interval over {'; or over '.join(over[name] for name in spreads)}.{on_losses}"
+    )
 
 
 def of_profile(profile: Profile) -> list[str]:
-    """The names of a profile's tables: those of its runs, and the time of Table 1's methods where it was measured."""
+    """The names of a profile's tables: those of its runs, and Table 11 beside Table 1 where it was measured."""
     timed = "table1" in profile.tables and timing.MEASURED.exists()
-    return [*profile.tables, *(["table11"] if timed else [])]
+    return [*profile.tables, *([timing.TABLE] if timed else [])]
 
 
 def write_paper_table(profile: Profile, table: str) -> list[Path]:
-    """Make `tables/TABLE.csv`, .md and .tex of a profile from its records; returns their paths.
+    """Make `tables/TABLE.csv`, .md and .tex of a profile from its records.
 
-    Table 11 is made from the benchmark of training steps, beside which nothing else ran.
+    Table 11 is made from the benchmark of training steps, which nothing else ran beside.
+
+    Args:
+        profile: Whose records to look at.
+        table: One of `of_profile`.
+
+    Returns:
+        the paths, in this order.
+
+    Raises:
+        UserError: the profile has no such table, or nothing in it can be shown.
     """
     one_of("table of this profile", table, of_profile(profile))
-    if table == "table11":
+    folder = Path(profile.results) / "tables"
+    if table == timing.TABLE:
         times = timing.training_time()
         shown, note = timing.to_read(times), timing.note(times)
-        markdown = f"**{timing.TITLE}.** {note}\n\n{shown.to_markdown(index=False, disable_numparse=True)}"
-        tex = f"% {note}\n" + shown.to_latex(index=False, escape=True)
-        return _write(Path(profile.results) / "tables", table, times, markdown, tex)
+        return _write(folder, table, times, f"**{timing.TITLE}.** {note}\n\n{_markdown(shown)}", _latex(shown, note))
     long = paper_table(profile, table)
-    shown = paper_layout(long)
     note = spread_note(long)
-    linked = paper_layout(long, records="../records").to_markdown(index=False, disable_numparse=True)
-    markdown = f"**{TABLES[table].title}.** {note} The numbers behind a cell lead to its records.\n\n{linked}"
+    linked = _markdown(paper_layout(long, records="../records"))
+    markdown = f"**{TABLES[table].title}.** {note} The numbers behind a cell link to its records.\n\n{linked}"
     likelihoods = log_likelihoods(long)
     if len(likelihoods):
-        below = paper_layout(likelihoods, decimals=3).to_markdown(index=False, disable_numparse=True)
-        about = "Log-likelihood of the right answers, nats, where higher is better."
+        about = "Log-likelihood of the correct answers, nats, where higher is better."
+        below = _markdown(paper_layout(likelihoods, decimals=3))
         markdown += f"\n\n{about} {spread_note(likelihoods)}\n\n{below}"
-    latex = shown.map(lambda text: re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", _latex(text)))
-    latex.columns = [_latex(name) for name in latex.columns]
-    tex = f"% {note}\n" + latex.to_latex(index=False, escape=False)
-    return _write(Path(profile.results) / "tables", table, long, markdown, tex)
+    return _write(folder, table, long, markdown, _latex(paper_layout(long), note))
 
 
-#: What LaTeX reads as a command, and signs that its fonts lack.
-_LATEX = {sign: f"\\{sign}" for sign in "_%&#${}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$",
-}
+def _markdown(shown: pd.DataFrame) -> str:
+    return shown.to_markdown(index=False, disable_numparse=True)
 
 
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+#: What pandas' LaTeX leaves as it is: bold text of Markdown, and signs that LaTeX's fonts lack.
+_LATEX = {r"\*\*(.*?)\*\*": r"\\textbf{\1}", "±": r"$\\pm$", "↑": r"$\\uparrow$", "↓": r"$\\downarrow$"}
+
+
+def _latex(shown: pd.DataFrame, note: str | None = None) -> str:
+    tex = shown.to_latex(index=False, escape=True)
+    for pattern, command in _LATEX.items():
+        tex = re.sub(pattern, command, tex)
+    return tex if note is None else f"% {note}\n{tex}"
 
 
 def write(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write a summary as `name`.csv, .md and .tex; returns their paths."""
+    """Write a summary, as `summary` gives it, to `NAME.csv`, .md and .tex; returns their paths."""
     shown = to_read(table)
-    tex = shown.to_latex(index=False, escape=True)
-    return _write(folder, name, table, shown.to_markdown(index=False, disable_numparse=True), tex)
+    return _write(folder, name, table, _markdown(shown), _latex(shown))
 
 
 def _write(folder: Path, name: str, plain: pd.DataFrame, markdown: str, tex: str) -> list[Path]:
@@ -411,9 +457,16 @@ def _write(folder: Path, name: str, plain: pd.DataFrame, markdown: str, tex: str
 
 
 def write_summary(results: str | Path) -> tuple[pd.DataFrame, list[Path]]:
-    """Make `tables/summary.*` of a results folder from its records."""
+    """Make `tables/summary.csv`, .md and .tex of a results folder from its records.
+
+    Returns:
+        the summary, and the paths.
+
+    Raises:
+        UserError: the folder holds no records, or none of an evaluation.
+    """
     results = Path(results)
     if not (results / "records").is_dir():
-        raise UserError(f"'{results}' is no results folder: it holds no records/.")
+        raise UserError(f"'{results}' is not a results folder: it holds no records/.")
     table = summary(load_records(results / "records", "evaluate"))
     return table, write(table, results / "tables", "summary")

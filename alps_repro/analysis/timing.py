@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from alps_repro.analysis.paper import paper_table
+from alps_repro.analysis.statistics import over_seeds
 from alps_repro.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,47 +18,56 @@ if TYPE_CHECKING:
 
 MEASURED = Path(__file__).parents[2] / "results" / "benchmarks" / "training.json"
 
-TITLE = "What a training step takes"
+#: Its name among a profile's tables.
+TABLE = "table11"
 
-#: What the paper's `full` is: plain Trainer makes the logits of every position.
+TITLE = "Time and memory of a training step"
+
+#: The paper's `full`: a plain Trainer, which computes the logits of every position.
 FULL = "full_plain"
 
 
 def benchmark() -> dict[str, Any]:
-    """What `make bench` measured of training steps: `variants` {name: words}, `rounds` {name: one dict a round}.
+    """The measurements of training steps by `make bench`.
+
+    Returns:
+        `provenance`, `variants` {name: description} and `rounds` {name: a dictionary for each round}.
 
     Raises:
-        UserError: it has not been run.
+        UserError: the benchmark has not been run.
     """
     if not MEASURED.exists():
         raise UserError(f"No training step has been timed: run make bench, which writes '{MEASURED.name}'.")
-    return json.loads(MEASURED.read_text())
+    return cast(dict[str, Any], json.loads(MEASURED.read_text()))
 
 
 def seconds(rounds: list[dict[str, Any]]) -> np.ndarray:
-    """The median step of each round."""
+    """The median step of each round, in seconds: (rounds,)."""
     return np.array([np.median(one["seconds"]) for one in rounds])
 
 
 def training_time() -> pd.DataFrame:
-    """Table 11: what a training step takes, and as a share of full fine-tuning's in the same round.
+    """Table 11: the time of a training step, and its share of full fine-tuning's in the same round.
 
-    Columns: variant, trains (words), trained_parameters, seconds (median of all steps), low, high (their range),
-    share, share_low, share_high (mean over rounds, with its 95 % interval by Student's t; NaN of one round), peak_bytes
-    (above the interpreter, median of the rounds), rounds.
+    Returns:
+        a row for each variant, the slowest first. Columns: variant, trains (description), trained_parameters, seconds
+        (median of all steps), low, high (their range), share, share_low, share_high (mean over rounds, with its 95 %
+        interval by Student's t; NaN of one round), peak_bytes (above the interpreter, median of the rounds), rounds.
+
+    Raises:
+        UserError: the benchmark has not been run.
     """
     import pandas as pd
-    from scipy.stats import sem, t
 
-    found = benchmark()
-    full, rows = seconds(found["rounds"][FULL]), []
-    for name, words in found["variants"].items():
-        rounds = found["rounds"][name]
+    measured = benchmark()
+    full, rows = seconds(measured["rounds"][FULL]), []
+    for name, words in measured["variants"].items():
+        rounds = measured["rounds"][name]
         own, steps = seconds(rounds), [step for one in rounds for step in one["seconds"]]
         share = own / full
-        half = 0.0 if name == FULL else math.nan  # one round says nothing of others
+        half = 0.0 if name == FULL else math.nan  # one round says nothing about others
         if len(own) > 1 and name != FULL:
-            half = float(t.ppf(0.975, len(own) - 1) * sem(share))
+            half = over_seeds(list(share))
         rows.append(
             {
                 "variant": name,
@@ -83,7 +93,7 @@ def paper_shares() -> pd.Series:
 
 
 def to_read(table: pd.DataFrame) -> pd.DataFrame:
-    """Table 11 with a reader's columns."""
+    """Table 11 with columns for readers."""
     import pandas as pd
 
     def of_full(row: Any) -> str:
@@ -94,22 +104,22 @@ def to_read(table: pd.DataFrame) -> pd.DataFrame:
 
     return pd.DataFrame(
         {
-            "what is trained": table["trains"],
-            "trained parameters": [f"{n:,}" for n in table["trained_parameters"]],
-            "a step, s": [f"{row.seconds:.2f} ({row.low:.2f} to {row.high:.2f})" for row in table.itertuples()],
-            "of full": [of_full(row) for row in table.itertuples()],
-            "memory, GB": [f"{n / 1e9:.2f}" for n in table["peak_bytes"]],
+            "training": table["trains"],
+            "trainable parameters": [f"{n:,}" for n in table["trained_parameters"]],
+            "step, s": [f"{row.seconds:.2f} ({row.low:.2f} to {row.high:.2f})" for row in table.itertuples()],
+            "share of full": [of_full(row) for row in table.itertuples()],
+            "peak memory, GB": [f"{n / 1e9:.2f}" for n in table["peak_bytes"]],
         }
     )
 
 
 def note(table: pd.DataFrame) -> str:
-    """What was measured where, and what the paper's own hours say, in two sentences."""
+    """What was measured where, and what the paper reports, in two sentences."""
     where = benchmark()["provenance"]
     device = where["gpu"] or f"{where['threads']} threads of {where['processor']}"
     shares = ", ".join(f"{share:.2f} ({model})" for model, share in paper_shares().items())
     return (
-        f"Steps of SmolLM2-135M on {device}, median and range in {table['rounds'].max()} rounds, as a share of "
-        f"plain Trainer's full fine-tuning with the 95 % interval over rounds, and peak memory above the interpreter. "
-        f"The paper's hours of alps are {shares} of those of full."
+        f"Steps of SmolLM2-135M on {device}: median and range over {table['rounds'].max()} rounds, the share of full "
+        "fine-tuning by a plain Trainer with its 95 % interval over rounds, and peak memory above the interpreter's. "
+        f"In the paper, the training hours of alps are these shares of those of full: {shares}."
     )

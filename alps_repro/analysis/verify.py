@@ -1,4 +1,4 @@
-"""Whether a record holds: its own configuration, run again from nothing, gives its numbers."""
+"""Verify a record: its configuration, run again from scratch, gives the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from alps_repro.experiments.provenance import Provenance
 from alps_repro.experiments.records import Record, load_record, record_path
 from alps_repro.experiments.runs import RUNS
 
-#: Of runs that are no evaluations, the numbers whose mean is held against the record's where they need not be equal.
+#: Of runs other than evaluations, the numbers whose mean is compared with the record's where they need not be equal.
 NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "localize": ("score, mean over heads", lambda result: result["values"]),
     "finetune": ("training loss, mean over steps", lambda result: result["losses"]),
@@ -30,21 +30,27 @@ NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "embed": ("size of coordinates, mean over questions", lambda result: np.abs(np.concatenate([*result.values()]))),
 }
 
-#: What a processor's rounding, and with it a result, may hang on; versions of packages come on top.
+#: What rounding, and with it a result, may depend on; versions of packages come on top.
 ENVIRONMENT = ("processor", "threads", "gpu", "system", "python", "code")
 
-#: Of a result, what is measured by the clock.
+#: The parts of a result that are times.
 CLOCKED = ("training_seconds",)
 
-#: How many wrong numbers are told: where one question came out otherwise, a hundred may have.
+#: How many wrong numbers are shown: where one question's answer differs, a hundred may.
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Verification:
-    """environment: how this machine differs from the record's, a line each; where there is none, numbers must be equal.
+    """The comparison of a record with a new run of its configuration.
 
-    checked: what was held against the record, a line each. wrong: those lines of it that do not hold.
+    Attributes:
+        record: The record.
+        again: The new run's.
+        environment: How this machine and software differ from the record's, a line each; where there is no difference,
+            numbers must be equal.
+        checked: What was compared with the record, a line each.
+        wrong: The lines of `checked` that do not hold.
     """
 
     record: Record
@@ -57,12 +63,12 @@ class Verification:
     def holds(self) -> bool:
         return not self.wrong
 
-    def told(self) -> list[str]:
-        """The comparison in lines to be read; the last is the verdict."""
+    def lines(self) -> list[str]:
+        """The comparison in lines for readers; the last is the verdict."""
         if not self.environment:
             place = ["Processor, threads, code and package versions are the record's: every number has to be equal."]
         else:
-            place = ["This is not where the record was made, so numbers may differ, and more after training:"]
+            place = ["The environment differs from the record's, so numbers may differ, more so after training:"]
         right = [line for line in self.checked if line not in self.wrong]
         marked = [f"  {line}" for line in right] + [f"  WRONG {line}" for line in self.wrong[:SHOWN]]
         if len(self.wrong) > SHOWN:
@@ -71,8 +77,8 @@ class Verification:
         verdict = f"The record {wanted}." if self.holds else "The record does not hold: see what is marked WRONG."
         if self.environment and not self.holds:
             verdict += (
-                " The intervals are over questions, and do not hold what another machine's rounding does to training: "
-                "its table's interval over seeds says how far runs lie apart."
+                " The intervals are over questions, and do not include what another machine's rounding does to "
+                "training: its table's interval over seeds says how much runs differ."
             )
         return [*place, *(f"  {line}" for line in self.environment), *marked, verdict]
 
@@ -80,15 +86,18 @@ class Verification:
 def verify(path: str | Path, results: str | Path | None = None, *, progress: bool = True) -> Verification:
     """Run a record's configuration again and compare.
 
-    results: where to run; by default a temporary folder, in which every predecessor is made again. In a folder of
-        one's own, predecessors that lie there are taken, so that several records can be verified for one training.
+    Args:
+        path: The record's file.
+        results: Where to run; by default a temporary folder, in which every predecessor is run again. In another
+            folder, predecessors that are there are used, so that several records can be verified with one training.
+        progress: Whether to show progress bars.
 
     Raises:
         UserError: the record is of a failed run, or `results` holds one of the same run.
     """
     record = load_record(Path(path))
     if record.status != "completed":
-        raise UserError(f"The record '{path}' is of a run that failed: there is no number in it to verify.")
+        raise UserError(f"The record '{path}' is of a failed run: there is no number in it to verify.")
     if results is None:
         with tempfile.TemporaryDirectory(prefix="alps-repro-verify-") as folder:
             return _compared(record, _again(record, Path(folder), progress))
@@ -118,9 +127,9 @@ def _threads(count: int) -> Iterator[None]:
 
 def _compared(record: Record, again: Record) -> Verification:
     differs = environment(record.provenance, again.provenance)
-    found = list(_elsewhere(record, again) if differs else _here(record, again))
-    wrong = [line for holds, line in found if not holds]
-    return Verification(record, again, differs, [line for _, line in found], wrong)
+    checks = list(_elsewhere(record, again) if differs else _here(record, again))
+    wrong = [line for holds, line in checks if not holds]
+    return Verification(record, again, differs, [line for _, line in checks], wrong)
 
 
 def environment(then: Provenance, now: Provenance) -> list[str]:
@@ -136,7 +145,7 @@ def _short(value: Any) -> str:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and word in a nested result, by its path."""
+    """Every number and string in a nested result, by its path."""
     if isinstance(value, dict):
         for key, own in value.items():
             if key not in CLOCKED:
@@ -148,15 +157,15 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _plain(record: Record) -> dict[str, Any]:
+def _flat(record: Record) -> dict[str, Any]:
     hashes = {"hash of model": record.provenance.model_sha256, "hash of data": record.provenance.data_sha256}
     cost = record.cost.model_dump(include={"trained_parameters", "total_parameters"})
     return dict(_leaves({**record.result, **hashes, **cost}))
 
 
 def _here(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
-    """In the record's own environment: every number and hash, equal to the last bit."""
-    then, now = _plain(record), _plain(again)
+    """In the record's own environment: every number and hash is bit-identical."""
+    then, now = _flat(record), _flat(again)
     names = list(dict.fromkeys((*then, *now)))
     differ = [name for name in names if then.get(name, "nothing") != now.get(name, "nothing")]
     for name in differ:
@@ -167,37 +176,38 @@ def _here(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
 def _elsewhere(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
     """In another environment: the same data and base, and numbers within the record's intervals."""
     before, after = record.provenance, again.provenance
-    inputs = [("data", name, before.data_sha256, after.data_sha256) for name in before.data_sha256]
-    # What was trained differs in its last bits, but not what the training began with.
+    # A trained model differs in its last bits, but not the model that training began with.
     untrained = isinstance(record.config, EvaluateConfig) and isinstance(record.config.model, str)
     bases = [name for name in ("base", *(["evaluated"] if untrained else [])) if name in before.model_sha256]
-    inputs += [("model", name, before.model_sha256, after.model_sha256) for name in bases]
-    inputs += [
-        ("files of model", name, before.files_sha256, after.files_sha256)
-        for name in bases
-        if name in before.files_sha256
+    inputs: list[tuple[str, str, Any, Any]] = [
+        *(("data", name, value, after.data_sha256.get(name)) for name, value in before.data_sha256.items()),
+        *(("model", name, before.model_sha256[name], after.model_sha256.get(name)) for name in bases),
+        *(
+            ("files of model", name, before.files_sha256[name], after.files_sha256.get(name))
+            for name in bases
+            if name in before.files_sha256
+        ),
     ]
-    for kind, name, a, b in inputs:
-        same = a[name] == b.get(name)
-        yield same, f"{kind} {name}: {'the same' if same else 'another than the record was made with'}"
+    for kind, name, then, now in inputs:
+        yield then == now, f"{kind} {name}: {'the same' if then == now else 'different from the record'}"
     if isinstance(record.config, EvaluateConfig):
-        yield from _metrics(record, again)
+        yield from _metrics(record, again, record.config.tasks)
     else:
         name, numbers = NUMBERS[record.kind]
-        if np.size(then := numbers(record.result)):
-            yield _mean(name, np.ravel(then), np.ravel(numbers(again.result)))
+        if np.size(values := numbers(record.result)):
+            yield _mean(name, np.ravel(values), np.ravel(numbers(again.result)))
 
 
-def _metrics(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
-    for task in record.config.tasks:
+def _metrics(record: Record, again: Record, tasks: Sequence[str]) -> Iterator[tuple[bool, str]]:
+    for task in tasks:
         questions = record.result["questions"].get(task)
         then, now = ({"score": r.result["scores"][task], **r.result["metrics"][task]} for r in (record, again))
         for name, value in then.items():
             if "_stderr," in name or ("," not in name and name != "score"):
                 continue
             error = _error(record, task, headline(task) if name == "score" else (name,))
-            right = value * (questions or math.nan)
-            if 0 <= value <= 1 and abs(right - np.round(right)) < 1e-6:  # a share of the questions
+            correct = value * (questions or math.nan)
+            if 0 <= value <= 1 and abs(correct - np.round(correct)) < 1e-6:  # a share of the questions
                 low, high = interval(value, questions)
                 what = f"Wilson's 95 % interval over {questions} questions"
             elif error is not None:
@@ -208,10 +218,10 @@ def _metrics(record: Record, again: Record) -> Iterator[tuple[bool, str]]:
 
 
 def _error(record: Record, task: str, metrics: Sequence[str]) -> float | None:
-    """The standard error of a score over questions: lm-eval's, or else by which of them were answered right."""
-    found = [record.result["metrics"][task].get(name.replace(",", "_stderr,")) for name in metrics]
-    if None not in found:
-        return float(np.mean(found))
+    """The standard error of a score over questions: lm-eval's, or else from which were answered correctly."""
+    errors = [record.result["metrics"][task].get(name.replace(",", "_stderr,")) for name in metrics]
+    if None not in errors:
+        return float(np.mean(errors))
     correct = record.result.get("per_question", {}).get(task, {}).get("correct")
     if not correct or tuple(metrics) != headline(task):
         return None
@@ -219,7 +229,7 @@ def _error(record: Record, task: str, metrics: Sequence[str]) -> float | None:
 
 
 def _mean(name: str, then: Any, now: Any) -> tuple[bool, str]:
-    """Hold a list of numbers by its mean, with the standard error of the mean of the record's."""
+    """Compare two lists of numbers by their means, within 3 standard errors of the record's mean."""
     value = float(np.mean(then))
     error = float(np.std(then, ddof=1) / math.sqrt(len(then))) if len(then) > 1 else 0.0
     return _within(name, value, float(np.mean(now)), value - 3 * error, value + 3 * error, "3 standard errors")

@@ -50,11 +50,11 @@ def test_sentence_says_what_was_run(profile: Profile) -> None:
         "nothing else (scope 'heads'), 25 % of the heads, scored by pad of product matrices",
         "against its fine-tuning on family_relationships (method 'full', scope 'all', 2 steps)",
         "2 steps of 2 examples at a learning rate of 0.001, training seeds 0 and 1",
-        "asked 8 test questions of family_relationships (alps-repro 0.1.0, ",
+        "evaluated on 8 test questions of family_relationships (alps-repro 0.1.0, ",
     ):
         assert words in alps
     vanilla = cite(profile, "table1", "vanilla", "family_relationships").sentence
-    assert f"{base} as it is, not tuned; asked 8 test questions" in vanilla
+    assert f"{base} as it is, not fine-tuned; evaluated on 8 test questions" in vanilla
     carried = cite(profile, "table4", "alps", "relations").sentence
     assert "trained on chain_sum" in carried
     assert "its fine-tuning on family_relationships" in carried
@@ -105,7 +105,7 @@ def test_what_is_not_there(profile: Profile, asked: tuple[str, ...], message: st
 
 def test_model_has_to_be_said_where_there_are_several(profile: Profile) -> None:
     several = profile.model_copy(update={"models": (*profile.models, "smollm2-135m")})
-    with pytest.raises(UserError, match=r"several models: say which by --model"):
+    with pytest.raises(UserError, match=r"several models: name one by --model"):
         cite(several, "table1", "alps", "family_relationships")
     asked = ("table1", "alps", "family_relationships")
     assert cite(several, *asked, profile.models[0]).mean == cite(profile, *asked).mean

@@ -17,14 +17,12 @@ from alps_repro.analysis import claims
 from alps_repro.analysis.claims import (
     CLAIMS,
     MARGINS,
-    Block,
-    Effect,
     decided,
     differences,
-    effect,
     verdict,
     write_claims,
 )
+from alps_repro.analysis.statistics import Effect, Stratum, effect
 from alps_repro.errors import UserError
 from alps_repro.experiments.grid import TABLES
 from alps_repro.experiments.profile import Profile
@@ -49,7 +47,7 @@ class Scenario:
     models: int = 1
     same_questions: bool = False
 
-    def blocks(self, draw: np.random.Generator, questions: int = 400) -> list[Block]:
+    def blocks(self, draw: np.random.Generator, questions: int = 400) -> list[Stratum]:
         shared = draw.normal(size=(len(self.of_seeds), questions))
         blocks = []
         for model in range(self.models):
@@ -63,7 +61,7 @@ class Scenario:
                     found = self._answers(lines, asked, draw)
                 else:
                     found = lines + self.of_questions * asked + draw.normal(0, 46, size=(len(numbers), questions))
-                blocks.append(Block(found, f"m{model}", "t" if self.same_questions else f"t{i}", numbers))
+                blocks.append(Stratum(found, f"m{model}", "t" if self.same_questions else f"t{i}", numbers))
         return blocks
 
     @staticmethod
@@ -128,7 +126,7 @@ def test_interval_covers_the_truth(name: str) -> None:
         assert covered.mean() <= 0.965
 
 
-def seeds_lie_close(blocks: list[Block]) -> bool:
+def seeds_lie_close(blocks: list[Stratum]) -> bool:
     """Whether the first model's means by seed vary less than the rest alone would make them."""
     whole = np.array([b.values for b in blocks if (b.model, b.seeds) == ("m0", blocks[0].seeds)])
     (count, seeds, questions), lines = whole.shape, whole.mean(2)
@@ -167,9 +165,9 @@ def test_detectable_is_seen_in_four_of_five_tries() -> None:
     assert 0.72 <= seen <= 0.9
 
 
-def block(values: Any, model: str = "m", task: str = "t", seeds: tuple[int, ...] | None = None) -> Block:
+def block(values: Any, model: str = "m", task: str = "t", seeds: tuple[int, ...] | None = None) -> Stratum:
     numbers = np.array(values, dtype=float)
-    return Block(numbers, model, task, seeds or tuple(range(len(numbers))))
+    return Stratum(numbers, model, task, seeds or tuple(range(len(numbers))))
 
 
 def test_effect_by_hand() -> None:
@@ -349,12 +347,10 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     own = shown[shown["seeds"] == 1]
     assert len(own) == len(trained) > 0
     assert own["95 % interval"].str.endswith("(questions alone)").all()
-    assert set(own["could have seen"]) == {"–"}
-    told = claims.note(table.reset_index())
-    assert "One training seed decides nothing" in told
-    assert "variance of the seeds" not in told
+    assert set(own["minimum detectable effect"]) == {"–"}
+    note = claims.note(table.reset_index())
     # The benchmark's rounds are no seeds: those tests keep their verdicts, and are the only ones.
-    assert f"which is {len(table) - len(trained)} here" in told
+    assert note == f"These are {len(table)} tests, {len(trained)} of them without a verdict."
     assert claims.NO_VERDICT not in set(table.loc[table["seeds"].isna(), "verdict"])
 
 
@@ -463,15 +459,27 @@ def test_one_round_of_the_benchmark_decides_nothing(tmp_path: Path, monkeypatch:
     assert set(shown.loc[shown["effect"].str.endswith("time"), "95 % interval"]) == {"–"}
 
 
-def test_note_says_what_is_not_corrected(tmp_path: Path) -> None:
+def test_explanation_and_number_of_tests_end_the_claims(tmp_path: Path) -> None:
     profile = small_profile(tmp_path)
     measure(profile, shares(alps=0.7))
     table = decided(profile)
-    told = claims.note(table)
-    assert "always count the variance of the seeds" in told
-    assert "One training seed" not in told
-    assert f"none is corrected for their number, which is {len(table)} here" in told
-    assert write_claims(profile)[1].read_text().endswith(f"|\n\n{told}\n")
+    assert claims.note(table) == f"These are {len(table)} tests."
+    ends = f"|\n\n{claims.EXPLANATION}\n\n{claims.note(table)}\n"
+    assert write_claims(profile)[1].read_text().endswith(ends)
+
+
+def test_explanation_names_every_margin_and_verdict() -> None:
+    for margin in ("1 point,", "0.02 nats per answer", "0.01 nats per token", "0.02 of a step's time"):
+        assert margin in claims.EXPLANATION
+    for words in (
+        "*holds*",
+        "*fails*",
+        "*undecided*",
+        "no verdict",
+        "80 % power",
+        "not corrected for multiple testing",
+    ):
+        assert words in claims.EXPLANATION
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
@@ -490,7 +498,9 @@ def test_files(tmp_path: Path) -> None:
     profile = small_profile(tmp_path)
     measure(profile, shares(alps=0.7))
     paths = write_claims(profile)
-    assert [path.name for path in paths] == ["claims.csv", "claims.md"]
+    figures = ["claims_points.svg", "claims_points.png", "claims_nats.svg", "claims_nats.png"]
+    assert [path.name for path in paths] == ["claims.csv", "claims.md", *figures]
+    assert {path.parent for path in paths[2:]} == {tmp_path / "figures"}
     first = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in write_claims(profile)] == first
     columns = {"claim", "test", "effect", "ci_low", "ci_high", "detectable", "seeds", "verdict"}
@@ -516,3 +526,13 @@ def test_questions_of_a_group_count_alike(tmp_path: Path) -> None:
     assert claims.values(record, "mmlu", "accuracy").tolist() == [0, 100, 100, 100]
     assert claims.values(record, "mmlu_dev", "accuracy").tolist() == [0]
     assert claims.values(record, "arc_challenge", "accuracy") is None
+
+
+def test_words_of_the_csv_are_kept_beside_those_for_readers() -> None:
+    """Values of `claims.csv` stay as they are, whatever readers are shown."""
+    assert CLAIMS["beats_bottom"].statement == "alps beats the heads that changed least (control)"
+    assert CLAIMS["beats_bottom"].says == "alps beats the heads that moved least (control)"
+    assert (
+        CLAIMS["jola_beats_alps_200"].says == CLAIMS["jola_beats_alps_200"].statement == "JoLA beats ALPS, 200 examples"
+    )
+    assert claims.statement("trains_cheaper").startswith("a training step of alps is faster")

@@ -191,7 +191,7 @@ def test_summary_of_a_folder_is_of_its_completed_evaluations(tmp_path: Path) -> 
 
 
 def test_nothing_to_make_a_table_from(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no results folder"):
+    with pytest.raises(UserError, match="is not a results folder"):
         tables.write_summary(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no record of an evaluation.*run an evaluation first"):
         tables.summary([])

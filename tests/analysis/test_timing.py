@@ -56,7 +56,7 @@ def test_one_round_has_no_interval(measured: Path) -> None:
     times = timing.training_time()
     own = times.set_index("variant").loc["own"]
     assert own[["share_low", "share_high"]].isna().all()
-    assert list(timing.to_read(times)["of full"]) == ["1", f"{own['share']:.2f}"]
+    assert list(timing.to_read(times)["share of full"]) == ["1", f"{own['share']:.2f}"]
 
 
 def test_the_paper_s_shares() -> None:

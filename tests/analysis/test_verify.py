@@ -72,8 +72,8 @@ def test_record_is_reproduced_from_nothing(paths: dict[str, Path], tmp_path: Pat
     found = verify(paths["evaluate"], progress=False)
     assert found.holds
     assert found.environment == []
-    assert found.told()[-1] == "The record is reproduced bit for bit."
-    assert len(found.told()) == 3
+    assert found.lines()[-1] == "The record is reproduced bit for bit."
+    assert len(found.lines()) == 3
     assert not list(tmp_path.iterdir()), "the temporary folder is removed"
 
 
@@ -92,8 +92,8 @@ def test_every_kind_is_held_by_intervals_elsewhere(doctored: Any, kind: str) -> 
     assert found.environment[0].startswith("processor: Another processor in the record, ")
     assert any("within" in line for line in found.checked)
     assert "model base: the same" in found.checked
-    assert found.told()[0].startswith("This is not where the record was made")
-    assert found.told()[-1] == "The record holds."
+    assert found.lines()[0].startswith("The environment differs from the record's")
+    assert found.lines()[-1] == "The record holds."
 
 
 def test_changed_metric_is_found_out(doctored: Any) -> None:
@@ -101,8 +101,8 @@ def test_changed_metric_is_found_out(doctored: Any) -> None:
     assert not found.holds
     (line,) = found.wrong
     assert line.startswith("metrics chain_sum answer_loglikelihood,none: -1.25 in the record, ")
-    assert found.told()[-1].startswith("The record does not hold")
-    assert f"  WRONG {line}" in found.told()
+    assert found.lines()[-1].startswith("The record does not hold")
+    assert f"  WRONG {line}" in found.lines()
 
 
 def test_changed_metric_outside_its_interval_is_found_out_elsewhere(doctored: Any) -> None:
@@ -114,7 +114,7 @@ def test_changed_metric_outside_its_interval_is_found_out_elsewhere(doctored: An
     (line,) = found.wrong
     assert line.startswith("chain_sum exact_match,strict-match: 0.75 in the record, 0 here, outside 0.409")
     assert line.endswith("(Wilson's 95 % interval over 8 questions)")
-    assert found.told()[-1].endswith("its table's interval over seeds says how far runs lie apart.")
+    assert found.lines()[-1].endswith("its table's interval over seeds says how much runs differ.")
 
 
 def test_changed_metric_with_a_standard_error_is_held_by_three(doctored: Any) -> None:
@@ -157,8 +157,8 @@ def test_other_data_or_base_is_wrong_everywhere(doctored: Any) -> None:
         record["provenance"]["model_sha256"]["base"] = "0" * 64
 
     assert doctored("evaluate", change).wrong == [
-        "data chain_sum: another than the record was made with",
-        "model base: another than the record was made with",
+        "data chain_sum: different from the record",
+        "model base: different from the record",
     ]
 
 
@@ -179,8 +179,8 @@ def test_versions_code_and_threads_are_environment(doctored: Any) -> None:
 def test_many_wrong_numbers_are_counted(doctored: Any) -> None:
     found = doctored("localize", lambda record: record["result"].update(values=[[1.0] * 40] * 2))
     assert len(found.wrong) > 60
-    assert len(found.told()) < 30
-    assert any(line.strip().startswith("and ") for line in found.told())
+    assert len(found.lines()) < 30
+    assert any(line.strip().startswith("and ") for line in found.lines())
 
 
 def test_folder_with_the_same_record_is_refused(paths: dict[str, Path]) -> None:
@@ -192,7 +192,7 @@ def test_failed_and_missing_records_are_refused(paths: dict[str, Path], tmp_path
     stored = {**json.loads(paths["evaluate"].read_text()), "status": "failed", "result": {}, "error": "no disk"}
     path = tmp_path / "evaluate-x.failed.json"
     path.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="of a run that failed"):
+    with pytest.raises(UserError, match="of a failed run"):
         verify(path)
     with pytest.raises(UserError, match="cannot be read"):
         verify(tmp_path / "nowhere.json")

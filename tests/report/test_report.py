@@ -18,7 +18,7 @@ import yaml
 from tiny_models import tiny_checkpoint
 from typer.testing import CliRunner
 
-from alps_repro.analysis import tables
+from alps_repro.analysis import claims, tables
 from alps_repro.cli import app
 from alps_repro.errors import UserError
 from alps_repro.experiments.grid import evaluations
@@ -169,7 +169,7 @@ def test_page_of_a_run(profile: Profile, report: Path, pages: dict[Path, Page]) 
         assert record.provenance.processor in page.text
         assert record.provenance.versions["torch"] in page.text
         assert json.dumps(record.config.dump(), indent=1) in page.text
-        assert "nothing of this profile" not in page.text
+        assert "nothing in this profile" not in page.text
 
 
 def test_notebooks_are_linked_from_their_runs(profile: Profile, report: Path, pages: dict[Path, Page]) -> None:
@@ -195,8 +195,12 @@ def test_what_it_is_and_what_is_missing_is_said_first(profile: Profile, pages: d
 
 
 def test_claims_come_with_their_tests(report: Path, pages: dict[Path, Page]) -> None:
+    page = (report / "index.html").read_text()
+    assert page.index('src="figures/claims_points.svg"') < page.index('src="figures/claims_nats.svg"')
+    assert page.index('src="figures/claims_nats.svg"') < page.index('<table class="claims">')
     text = " ".join(pages[report / "index.html"].text.split())
     assert "training 10 % of the heads beats training all of them" in text
+    assert " ".join(claims.EXPLANATION.replace("*", "").split()) in text
     assert "alps - full in table1, paired over seeds and questions" in text
     assert re.search(r"Of \d+ tests, \d+ hold, \d+ fail, and \d+ are undecided", text)
     assert "Not tested yet: alps beats random heads" in text
@@ -228,10 +232,10 @@ def test_same_records_same_bytes(profile: Profile, report: Path) -> None:
 
 def test_other_folders_are_left_alone(profile: Profile, tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("my own page")
-    with pytest.raises(UserError, match="holds something else than a report"):
+    with pytest.raises(UserError, match="holds something other than a report"):
         write_report(profile, tmp_path)
     assert (tmp_path / "index.html").read_text() == "my own page"
-    with pytest.raises(UserError, match=r"holds something else than a report"):
+    with pytest.raises(UserError, match=r"holds something other than a report"):
         write_report(profile, profile.results)
     with pytest.raises(UserError, match=r"no record in .* run the profile first"):
         write_report(profile.model_copy(update={"results": str(tmp_path / "empty")}))
