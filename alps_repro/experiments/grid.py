@@ -196,11 +196,11 @@ SIZES = (200, 2000)
 SYSTEMS = {f"systems_{size}": size for size in SIZES}
 
 TABLES: dict[str, Table] = {
-    "choice": Table("Data sets to choose from, on validation questions", _choice),
-    "search": Table("Learning rates tried, on validation questions", _search),
-    "table1": Table("What is trained of attention", _main, "table1"),
+    "choice": Table("Candidate data sets, on validation questions", _choice),
+    "search": Table("Learning-rate search, on validation questions", _search),
+    "table1": Table("Which part of attention is trained", _main, "table1"),
     "table1_all": Table(
-        "The same in scope all: everything outside attention is trained, too",
+        "The same, with everything outside attention trained (scope all)",
         lambda profile, coverage: _main(profile, coverage, "all"),
         "table1",
     ),
@@ -211,7 +211,7 @@ TABLES: dict[str, Table] = {
     "table10": Table("Where the task model comes from", _sources, "table10"),
     "table14": Table("Every benchmark on every task's model", _every_benchmark, "table14"),
 } | {
-    name: Table(f"Systems beside each other, {size} training examples", partial(_systems, examples=size))
+    name: Table(f"Comparison of systems, {size} training examples", partial(_systems, examples=size))
     for name, size in SYSTEMS.items()
 }
 
