@@ -144,11 +144,11 @@ def check_rows(rows: dict[str, int], max_lost: float, what: str = "training exam
             "mend them, raise max_length if the model has the positions, or set max_lost to 1 to go on."
         )
     if said:
-        warnings.warn(f"Some of the {what} lose text: {said}.", stacklevel=3)
+        warnings.warn(f"Some of the {what} lose text: {said}.", stacklevel=4)
     if rows["special"]:
         warnings.warn(
             f"{rows['special']} of the {what} spell out special tokens of the tokenizer, which are read as text.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

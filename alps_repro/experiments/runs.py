@@ -50,7 +50,7 @@ from alps_repro.experiments.records import (
 from alps_repro.localization.ablation import importance
 from alps_repro.localization.recovery import COMPARED, READINGS, peaks, recall_by_metric
 from alps_repro.localization.scores import HeadScores, localize
-from alps_repro.localization.selectors import SELECTORS, model_and_batches, select_by
+from alps_repro.localization.selectors import RESULT_METRICS, model_and_batches, select_by
 from alps_repro.models.embeddings import embed, principal
 from alps_repro.models.folders import file_hashes, model_hash, resolve
 from alps_repro.models.loading import load_model
@@ -286,7 +286,7 @@ def _localize(
     config: LocalizeConfig, results: Path, task: str | Path, path: Path, progress: bool
 ) -> tuple[HeadScores, Record]:
     with _recorded(config, results, task=task) as outcome:
-        if config.metric in SELECTORS:
+        if config.metric in RESULT_METRICS:
             asked = {"device": config.device}
             asked |= {} if config.dataset is None else config.model_dump(include={"dataset", "questions", "max_lost"})
             scores = select_by(config.metric, config.base, task, **asked, progress=progress)

@@ -186,7 +186,7 @@ def _compare_frequencies(model: torch.nn.Module, folder: Path, where: dict[str, 
                     f"'{tensor}' of '{name}' differs from the rotary frequencies that its config.json leads to, which "
                     "are used: check rope_theta and rope_scaling there.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
