@@ -295,7 +295,7 @@ ERRORS = [
     ("localize nowhere TASK", "no checkpoint 'nowhere'"),
     ("localize BASE nowhere", "no checkpoint 'nowhere'"),
     ("localize BASE BASE/config.json", "is a file: give the folder"),
-    ("localize BASE some/model", "the hub could not give it"),
+    ("localize BASE some/model", "the hub could not provide it"),
     ("localize BASE DEEP", "differ in layers 2 and 3"),
     ("localize BASE CUT", "copy"),
     ("localize BASE PICKLED", "pickled weights"),
