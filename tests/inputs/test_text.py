@@ -593,7 +593,7 @@ def test_limits_that_ask_something() -> None:
         Profile.load("quick", questions=-1)
     with pytest.raises(UserError, match="A size of 0 takes no examples"):
         training_examples("chain_sum", size=0)
-    with pytest.raises(UserError, match="The batch_size 0 asks no question"):
+    with pytest.raises(UserError, match="The batch_size is 0: give 1 or more"):
         evaluate("nowhere", ["chain_sum"], batch_size=0)
 
 
