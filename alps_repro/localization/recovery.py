@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Reading(TypedDict, total=False):
+class MetricSettings(TypedDict, total=False):
     """Arguments of `localize` that determine a metric."""
 
     metric: str
@@ -37,9 +37,9 @@ class Reading(TypedDict, total=False):
 
 
 #: What can be compared: every metric, and PAD with the ground metric that the paper leaves open.
-READINGS: dict[str, Reading] = {
-    **{name: Reading(metric=name) for name in METRICS},
-    "pad_value": Reading(metric="pad", ground="value"),
+READINGS: dict[str, MetricSettings] = {
+    **{name: MetricSettings(metric=name) for name in METRICS},
+    "pad_value": MetricSettings(metric="pad", ground="value"),
 }
 
 #: What is compared by default. `wasserstein` is `pad` times a constant and ranks heads in the same order.

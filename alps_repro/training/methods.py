@@ -14,6 +14,7 @@ import numpy as np
 from alps_repro.errors import UserError
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
+from alps_repro.localization.metrics import RESULT
 from alps_repro.localization.scores import HeadScores
 from alps_repro.training.adapters import ADAPTERS, dora_magnitudes, lora_weights
 
@@ -170,9 +171,9 @@ METHODS: dict[str, Method] = {
 
 _SELECTORS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
     "alps": ("that changed most in the task model", "ALPS", None),
-    "lofit": ("whose learned scales are largest", "LoFiT", ("scale_norm", "result")),
-    "hifi": ("with the richest and most correlated outputs", "HiFi", ("hifi", "result")),
-    "importance": ("whose ablation hurts the task model most (Eq. 3)", "Eq. 3", ("importance", "result")),
+    "lofit": ("whose learned scales are largest", "LoFiT", ("scale_norm", RESULT)),
+    "hifi": ("with the richest and most correlated outputs", "HiFi", ("hifi", RESULT)),
+    "importance": ("whose ablation hurts the task model most (Eq. 3)", "Eq. 3", ("importance", RESULT)),
 }
 
 METHODS |= {

@@ -86,12 +86,12 @@ def checked_heads(config: HeadConfig) -> list[tuple[int, int]]:
     kind, heads = type(config).__name__, config.heads
     try:
         pairs: Any = heads.heads if isinstance(heads, HeadSelection) else heads
-        found = sorted({(operator.index(layer), operator.index(head)) for layer, head in pairs})
+        unique = sorted({(operator.index(layer), operator.index(head)) for layer, head in pairs})
     except (TypeError, ValueError):
         raise UserError(f"{kind}(heads=...) takes (layer, head) pairs, counted from 0.") from None
-    if not found:
+    if not unique:
         raise UserError(f"{kind}(heads=...) got no head: select at least one.")
-    return found
+    return unique
 
 
 def checked_modules(config: HeadConfig) -> list[str] | None:
@@ -106,11 +106,11 @@ def checked_modules(config: HeadConfig) -> list[str] | None:
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a base by their paths in it, without those that adapters add."""
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         if ".modules_to_save." not in name and not isinstance(module, AuxiliaryTrainingWrapper):
-            found[name.removesuffix(".base_layer").replace(".original_module", "")] = module
-    return found
+            modules[name.removesuffix(".base_layer").replace(".original_module", "")] = module
+    return modules
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any] | None:
@@ -339,8 +339,8 @@ class HeadTuner(BaseTuner):
         """Raise `UserError` for names that peft would ignore, or of modules that the adapter trains itself."""
         modules = dict(model.named_modules())
         taken = {*self._targets, *(name for name, module in modules.items() if isinstance(module, HeadLayer))}
-        found = {name: [key for key in modules if key.endswith(name)] for name in config.modules_to_save or ()}
-        for name, keys in found.items():
+        paths = {name: [key for key in modules if key.endswith(name)] for name in config.modules_to_save or ()}
+        for name, keys in paths.items():
             if not keys and name not in {head for heads in NEW_HEADS.values() for head in heads}:
                 raise UserError(f"There is no module '{name}' in this model: correct modules_to_save.")
             for key in keys:
@@ -350,7 +350,7 @@ class HeadTuner(BaseTuner):
                         "modules outside of them, such as 'lm_head'."
                     )
         new_heads = NEW_HEADS.get(config.task_type or "", ())
-        if new_heads and not any(found[name] for name in new_heads):
+        if new_heads and not any(paths[name] for name in new_heads):
             raise UserError(
                 f"The task_type calls for a model with a new head ({' or '.join(new_heads)}), and this one has none: "
                 "load it with the task's AutoModel class, or leave task_type out."

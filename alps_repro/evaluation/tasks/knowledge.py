@@ -128,8 +128,8 @@ def mmlu_dev_questions() -> list[dict[str, Any]]:
     text = files("lm_eval").joinpath("tasks/mmlu/flan_cot_fewshot/_cot_prompts.json").read_text(encoding="utf-8")
     subjects = []
     for subject, examples in sorted(json.loads(text).items()):
-        head, *found = examples.split("\n\nQ: ")
-        matches = [_MMLU_QUESTION.fullmatch(example) for example in found]
+        head, *questions = examples.split("\n\nQ: ")
+        matches = [_MMLU_QUESTION.fullmatch(question) for question in questions]
         subjects.append([_mmlu_row(subject, head.strip(), m) for m in matches if m and "(E)" not in m["D"]])
     longest = max(map(len, subjects))
     return [rows[i] for i in range(longest) for rows in subjects if i < len(rows)]
