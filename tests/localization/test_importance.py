@@ -298,7 +298,7 @@ def test_recall_by_hand():
 def test_recall_of_nothing_is_refused():
     with pytest.raises(UserError, match="No head was changed"):
         recall(scores_of(np.ones((2, 5))), HeadSelection((), LAYOUT))
-    with pytest.raises(UserError, match="different shape"):
+    with pytest.raises(UserError, match="are of different models"):
         recall(scores_of(np.ones((2, 5))), HeadSelection(((0, 0),), replace(LAYOUT, layers=3)))
 
 

@@ -291,7 +291,7 @@ def test_importance_and_hifi_are_localizations(base: Path, tmp_path: Path) -> No
         expected = importance(model, given) if metric == "importance" else hifi(model, given)
         np.testing.assert_array_equal(scores.values, expected)
         assert (record.config.metric, scores.head_matrix) == (metric, "result")
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is not an adapter"):
         select_by("scale_norm", base, task)
 
 
