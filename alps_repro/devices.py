@@ -1,4 +1,4 @@
-"""Where a run computes: on a GPU, on the processor, or, where a GPU is there and cannot be used, not at all."""
+"""Where a run computes: on a GPU, on the CPU, or, if a GPU is present and cannot be used, not at all."""
 
 from __future__ import annotations
 
@@ -8,54 +8,57 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 from alps_repro.errors import UserError
 
-#: Where a run may be asked to compute: `auto` takes the GPU where there is one.
-DEVICES = ("auto", "cpu", "cuda")
+#: Devices that can be requested; `auto` takes the GPU if there is one.
+Device = Literal["auto", "cpu", "cuda"]
+DEVICES: tuple[str, ...] = get_args(Device)
 
-#: What accelerate calls a recipe's precisions.
+#: Accelerate's names of a recipe's precisions.
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
-#: Variables that make accelerate shard or cut a model, which `finetune` does not save.
+#: Environment variables that make accelerate shard or split a model, which `finetune` cannot save.
 SHARDING = (
     *("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"),
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
 
-#: What launchers other than torchrun tell a process of the number of its like; accelerate reads them on a CPU.
+#: Numbers of processes as set by launchers other than torchrun; accelerate reads them on a CPU.
 LAUNCHED = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def device(asked: str = "auto") -> str:
-    """`cpu` or `cuda`: where a run computes that was asked for one of `DEVICES`.
+def device(requested: str = "auto") -> str:
+    """`cpu` or `cuda`, for one of `DEVICES`.
 
     Raises:
-        UserError: a GPU is asked for, or there, and torch cannot use it.
+        UserError: a GPU is requested or present, and torch cannot use it.
     """
-    if asked not in DEVICES:
+    if requested not in DEVICES:
         raise UserError(
-            f"There is no device '{asked}': known are {', '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among GPUs."
+            f"There is no device '{requested}': known are {', '.join(DEVICES)}; CUDA_VISIBLE_DEVICES chooses among "
+            "GPUs."
         )
-    if asked == "cpu":
+    if requested == "cpu":
         return "cpu"
     why = unusable()
     if why is None:
         return "cuda"
-    if asked == "cuda":
+    if requested == "cuda":
         raise UserError(
-            f"A GPU is asked for (device 'cuda') and none can be used: {why}; mend that, or say device 'cpu'."
+            f"A GPU is requested (device 'cuda') and none can be used: {why}; fix that, or use device 'cpu'."
         )
     if present() and not hidden():
         raise UserError(
-            f"There is an NVIDIA GPU here that torch cannot use: {why}; mend that, or go on without it by device 'cpu' "
-            "or an empty CUDA_VISIBLE_DEVICES."
+            f"There is an NVIDIA GPU here that torch cannot use: {why}; fix that, or continue without it by device "
+            "'cpu' or an empty CUDA_VISIBLE_DEVICES."
         )
     return "cpu"
 
 
 def unusable() -> str | None:
-    """Why torch can use no GPU, in a few words; None where it can."""
+    """Why torch can use no GPU, in a few words; None if it can."""
     import torch
 
     if torch.cuda.is_available():
@@ -83,12 +86,12 @@ def hidden() -> bool:
 
 @functools.cache
 def present() -> bool:
-    """Whether there is an NVIDIA GPU, by the system and whatever torch makes of it."""
+    """Whether the system has an NVIDIA GPU, independently of torch."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     if shutil.which("nvidia-smi") is None:
         return False
-    try:  # the program may be there without a GPU; under WSL it is all that shows one
+    try:  # the program may be installed without a GPU; under WSL only it shows one
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -96,14 +99,18 @@ def present() -> bool:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun and accelerate launch tell each of them."""
+    """Number of processes that train together, as set by torchrun and accelerate launch."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def check_launch(precision: str, where: str) -> None:
-    """Raise `UserError` where a variable would have accelerate train otherwise than in `precision` on `where`.
+    """Raise `UserError` if an environment variable would make accelerate train differently.
 
-    Variables are no part of a run's configuration, so what they change would be changed without a word.
+    Such variables are not part of a run's configuration, so their effect would go unnoticed.
+
+    Args:
+        precision: in which the run trains, a key of `MIXED`.
+        where: `cpu` or `cuda`.
     """
     count = processes()
     if count > 1 and "LOCAL_RANK" not in os.environ:
@@ -120,40 +127,44 @@ def check_launch(precision: str, where: str) -> None:
     for name, value in _contrary(precision, where):
         raise UserError(
             f"The environment sets {name}={value}, and this run trains in {precision} on '{where}', unsharded and not "
-            "compiled: unset it, and say precision and device in the recipe."
+            "compiled: unset it, and set precision and device in the recipe."
         )
 
 
 def _contrary(precision: str, where: str) -> Iterator[tuple[str, str]]:
-    def found(name: str) -> str:
+    def value_of(name: str) -> str:
         return os.environ.get(name, "").strip()
 
     same = {
-        "ACCELERATE_MIXED_PRECISION": found("ACCELERATE_MIXED_PRECISION").lower() in ("", "no", MIXED[precision]),
-        "ACCELERATE_USE_CPU": where == "cpu" or _off(found("ACCELERATE_USE_CPU")),
-        "ACCELERATE_TORCH_DEVICE": found("ACCELERATE_TORCH_DEVICE").split(":")[0] in ("", where),
-        **{name: _off(found(name)) for name in ("ACCELERATE_DYNAMO_BACKEND", *SHARDING)},
+        "ACCELERATE_MIXED_PRECISION": value_of("ACCELERATE_MIXED_PRECISION").lower() in ("", "no", MIXED[precision]),
+        "ACCELERATE_USE_CPU": where == "cpu" or _off(value_of("ACCELERATE_USE_CPU")),
+        "ACCELERATE_TORCH_DEVICE": value_of("ACCELERATE_TORCH_DEVICE").split(":")[0] in ("", where),
+        **{name: _off(value_of(name)) for name in ("ACCELERATE_DYNAMO_BACKEND", *SHARDING)},
     }
-    yield from ((name, found(name)) for name, holds in same.items() if not holds)
+    yield from ((name, value_of(name)) for name, holds in same.items() if not holds)
 
 
 def check_products(dtype: str, where: str) -> None:
-    """Raise `UserError` where float32 matrices, if that is the `dtype`, are set to be multiplied in fewer bits."""
+    """Raise `UserError` if float32 matrices would be multiplied in lower precision.
+
+    Args:
+        dtype: of the matrices; only `float32` is checked.
+        where: `cpu` or `cuda`.
+    """
     import torch
 
     if dtype != "float32":
         return
     if where == "cuda" and not _off(os.environ.get("NVIDIA_TF32_OVERRIDE", "")):
         raise UserError(
-            "The environment sets NVIDIA_TF32_OVERRIDE, which rounds float32 matrices to 10 bits where they are "
-            "multiplied: unset it."
+            "The environment sets NVIDIA_TF32_OVERRIDE, which rounds float32 matrices to 10 bits in products: unset it."
         )
-    # By backend, since torch's one word for both raises where a backend has been set on its own.
+    # By backend, since torch's common setting raises if a backend has been set on its own.
     name = "cuda" if where == "cuda" else "mkldnn"
-    if (asked := getattr(torch.backends, name).matmul.fp32_precision) not in ("none", "ieee"):
+    if (precision := getattr(torch.backends, name).matmul.fp32_precision) not in ("none", "ieee"):
         raise UserError(
-            f"torch is set to multiply float32 matrices in {asked}: set torch.backends.{name}.matmul.fp32_precision to "
-            "'ieee', and unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE if it is set."
+            f"torch is set to multiply float32 matrices in {precision}: set torch.backends.{name}.matmul."
+            "fp32_precision to 'ieee', and unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE if it is set."
         )
 
 

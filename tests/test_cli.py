@@ -295,7 +295,7 @@ ERRORS = [
     ("localize nowhere TASK", "no checkpoint 'nowhere'"),
     ("localize BASE nowhere", "no checkpoint 'nowhere'"),
     ("localize BASE BASE/config.json", "is a file: give the folder"),
-    ("localize BASE some/model", "the hub could not give it"),
+    ("localize BASE some/model", "the hub could not provide it"),
     ("localize BASE DEEP", "differ in layers 2 and 3"),
     ("localize BASE CUT", "copy"),
     ("localize BASE PICKLED", "pickled weights"),
@@ -438,10 +438,10 @@ def test_help(shell: Shell, command: str) -> None:
             "torch is built without CUDA",
             True,
             False,
-            "A GPU is here that torch cannot use: torch is built without CUDA;",
+            "There is a GPU that torch cannot use: torch is built without CUDA;",
         ),
         ("torch is built without CUDA", False, True, "No GPU: torch is built without CUDA; profile quick"),
-        ("there is no NVIDIA GPU", False, True, "runs that ask for device 'cuda' stop"),
+        ("there is no NVIDIA GPU", False, True, "runs with device 'cuda' stop"),
     ],
 )
 def test_doctor_says_what_is_wrong_with_a_gpu(
@@ -462,7 +462,7 @@ def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_p
     for command, own in asked.items():
         ran = shell(command, *words, *own, results)
         assert ran.status == 2
-        assert "A GPU is asked for (device 'cuda') and none can be used" in ran.err
+        assert "A GPU is requested (device 'cuda') and none can be used" in ran.err
         (path,) = (tmp_path / "records").glob(f"{command}-*.failed.json")
         record = json.loads(path.read_text())
         assert record["provenance"]["gpu"] is None

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One of the paper's data sets: hub id, split, and how a row becomes (instruction, response).
+    """One of the paper's data sets.
 
-    columns: that are used, in the order `convert` takes them. ignored: that say nothing more, or say it again.
+    Attributes:
+        hub_id: on the hub.
+        split: for training.
+        columns: those that are used, in the order in which `convert` takes them.
+        convert: makes (instruction, response) of a row's columns.
+        ignored: columns without further information.
     """
 
     hub_id: str
@@ -41,13 +46,13 @@ def _plain(instruction: str, response: str) -> tuple[str, str]:
 
 
 def _with_input(instruction: str, input: str | None, output: str) -> tuple[str, str]:
-    # The paper's template has no input field: the input, where there is one, follows the instruction.
+    # The paper's template has no input field: the input, if there is one, follows the instruction.
     return (instruction + "\n\n" + input if input else instruction), output
 
 
 def _first_turn(messages: list[dict[str, str]]) -> tuple[str, str]:
-    # The first user turn and the answer to it; the paper does not say what became of later turns.
-    turns = {}
+    # The first user turn and the answer to it; the paper does not state how later turns were used.
+    turns: dict[str, str] = {}
     for message in messages:
         turns.setdefault(message["role"], message["content"])
     return turns["user"], turns["assistant"]
@@ -74,7 +79,10 @@ HUB: dict[str, HubDataset] = {
 class OfflineDataset:
     """A `reasoning-gym` generator with one right answer per question; its lm-eval task has the same name.
 
-    answer: pattern of what looks like an answer, case aside; the last one in what a model says is graded.
+    Attributes:
+        generator: its name in reasoning-gym.
+        config: its settings.
+        answer: pattern of an answer, ignoring case; the last match in a model's output is graded.
     """
 
     generator: str
@@ -114,15 +122,15 @@ OFFLINE: dict[str, OfflineDataset] = {
 #: Every data set that can be trained on.
 DATASETS = {**HUB, **OFFLINE}
 
-#: Questions of an offline data set's test and validation split.
+#: Number of questions in an offline data set's test and validation splits.
 TEST_SIZE = VALIDATION_SIZE = 500
 DEFAULT_TRAIN_SIZE = 10_000
 
-# reasoning-gym draws question i of seed s from Random(s + i), so nearby seeds share questions: each split gets a
-# stretch of its own.
+# reasoning-gym makes question i of seed s with Random(s + i), so nearby seeds share questions: each split gets a range
+# of seeds of its own.
 _TEST_SEED, _VALIDATION_SEED, _TRAIN_SEED, _STRETCH = 0, 1_000_000, 10_000_000, 10_000_000
 
-#: Draws per question, after which a generator is known to have too few different ones.
+#: Draws per question after which a generator is considered to have too few different ones.
 _TRIES = 200
 
 
@@ -155,10 +163,14 @@ def _take(questions: Iterator[dict[str, str]], size: int, seen: set[str], unique
 def offline_splits(name: str, *, train_size: int = 0, seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """The `train`, `validation` and `test` questions of an offline data set; no question is in two splits.
 
-    seed: of the training questions; validation and test are always the same.
+    Args:
+        name: of `OFFLINE`.
+        train_size: number of training questions.
+        seed: of the training questions; validation and test are always the same.
     """
     one_of("offline data set", name, OFFLINE)
-    dataset, held_out = OFFLINE[name], set()
+    dataset = OFFLINE[name]
+    held_out: set[str] = set()
     splits = {
         "test": _take(_questions(dataset, _TEST_SEED, set()), TEST_SIZE, held_out, unique=True),
         "validation": _take(_questions(dataset, _VALIDATION_SEED, set()), VALIDATION_SIZE, held_out, unique=True),
@@ -178,7 +190,7 @@ def _rows(wanted: HubDataset, source: str | Path | None) -> Dataset:
         folder, files = folder.parent, folder.name
     elif not any(folder.glob(files)):
         return load_dataset(str(folder), split=wanted.split)
-    # Left alone, `datasets` would call the split of `train_sft.jsonl` `train`.
+    # By default, `datasets` would name the split of `train_sft.jsonl` `train`.
     return load_dataset(str(folder), data_files={wanted.split: files}, split=wanted.split)
 
 
@@ -187,15 +199,17 @@ def training_examples(
 ) -> Dataset:
     """The training examples of a data set, as columns `instruction` and `response`.
 
-    size: how many; by default all of a hub data set, or 10,000 of an offline one.
-    seed: draws the questions of an offline data set, or which `size` examples of a hub one are taken.
-    source: a local copy in place of the hub: one file (JSON, JSON lines, Parquet, CSV), or a folder. In a folder,
-        files named after the split (`train_sft.jsonl`) are taken; without any, it is read as a copy of the hub's
-        repository (`data/train_sft-00000-of-00001.parquet` and so on).
+    Args:
+        name: of `DATASETS`.
+        size: number of examples; by default all of a hub data set, or 10,000 of an offline one.
+        seed: of an offline data set's questions, or of the sample of `size` examples of a hub one.
+        source: a local copy in place of the hub: one file (JSON, JSON lines, Parquet, CSV), or a folder. In a folder,
+            files named after the split (`train_sft.jsonl`) are used; without any, it is read as a copy of the hub's
+            repository (`data/train_sft-00000-of-00001.parquet` and so on).
 
     Raises:
-        UserError: unknown name, no network, no readable local copy, or columns other than expected. No column is
-            dropped but those that `HUB` names.
+        UserError: unknown name, no network, no readable local copy, or columns other than expected. No columns are
+            dropped except those that `HUB` names.
     """
     from datasets import Dataset
 
@@ -205,33 +219,10 @@ def training_examples(
     if name in OFFLINE:
         size = DEFAULT_TRAIN_SIZE if size is None else size
         return Dataset.from_list(offline_splits(name, train_size=size, seed=seed)["train"])
-    wanted = HUB[name]
-    try:
-        rows = _rows(wanted, source)
-    except Exception as error:  # hub, network and file errors have no common base class
-        where = f"'{source}'" if source is not None else f"the hub ('{wanted.hub_id}')"
-        what = (
-            f"give a file or folder that holds its split '{wanted.split}'"
-            if source is not None
-            else f"check the connection, or use one that needs none: {', '.join(OFFLINE)}"
-        )
-        raise UserError(
-            f"The data set '{name}' could not be had from {where}: {type(error).__name__}; {what}."
-        ) from error
-    missing = set(wanted.columns) - set(rows.column_names)
-    if missing:
-        raise UserError(
-            f"The data set '{name}' has columns {rows.column_names}, but '{', '.join(sorted(missing))}' is expected: "
-            "is it another version?"
-        )
-    unknown = [column for column in rows.column_names if column not in (*wanted.columns, *wanted.ignored)]
-    if unknown:
-        raise UserError(
-            f"The data set '{name}' has a column '{unknown[0]}' that would not be used: is it another version? Give a "
-            f"copy with {', '.join(wanted.columns)} alone."
-        )
+    rows = _hub_rows(name, source)
     if size is not None and size < len(rows):
         rows = rows.shuffle(seed=seed).select(range(size))
+    wanted = HUB[name]
 
     def convert(row: dict[str, Any]) -> dict[str, str]:
         try:
@@ -246,12 +237,42 @@ def training_examples(
     return rows.map(convert, remove_columns=rows.column_names, desc=f"reading {name}")
 
 
-#: How `datasets.load_dataset` calls the kinds of files that people keep rows in.
+def _hub_rows(name: str, source: str | Path | None) -> Dataset:
+    """The rows of a hub data set, with the columns that `HUB` names and no others."""
+    wanted = HUB[name]
+    try:
+        rows = _rows(wanted, source)
+    except Exception as error:  # hub, network and file errors have no common base class
+        where = f"'{source}'" if source is not None else f"the hub ('{wanted.hub_id}')"
+        what = (
+            f"give a file or folder that holds its split '{wanted.split}'"
+            if source is not None
+            else f"check the connection, or use one that needs none: {', '.join(OFFLINE)}"
+        )
+        raise UserError(
+            f"The data set '{name}' could not be loaded from {where}: {type(error).__name__}; {what}."
+        ) from error
+    missing = set(wanted.columns) - set(rows.column_names)
+    if missing:
+        raise UserError(
+            f"The data set '{name}' has columns {rows.column_names}, but '{', '.join(sorted(missing))}' is expected: "
+            "is it another version?"
+        )
+    unknown = [column for column in rows.column_names if column not in (*wanted.columns, *wanted.ignored)]
+    if unknown:
+        raise UserError(
+            f"The data set '{name}' has a column '{unknown[0]}' that would not be used: is it another version? Give a "
+            f"copy with {', '.join(wanted.columns)} alone."
+        )
+    return rows
+
+
+#: File endings and the names of their formats in `datasets.load_dataset`.
 _KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def check_dataset(name: str) -> str:
-    """`name`, or `UserError` where it is none of `DATASETS`; a file is told how to become rows."""
+    """`name`, or `UserError` if it is not in `DATASETS`; for a file, the error says how to read its rows."""
     path = Path(name)
     kind = _KINDS.get(path.suffix.lower())
     if name not in DATASETS and (kind or os.path.exists(name)):
@@ -263,21 +284,41 @@ def check_dataset(name: str) -> str:
     return one_of("data set", name, DATASETS)
 
 
-#: Columns of a row of one's own: its instruction and response, and at most one of what follows the instruction.
+#: Columns of a user's rows: instruction and response, and at most one that follows the instruction.
 _OWN, _AFTER = ("instruction", "response"), ("input", "context")
 
 
 def own_examples(rows: Any) -> Dataset:
-    """Rows of one's own as training examples: columns `instruction` and `response`, both text.
+    """A user's rows as training examples: columns `instruction` and `response`, both text.
 
-    rows: a `datasets.Dataset` or a list of dicts, with `instruction` and `response`, and at most one of `input` and
-        `context`, which follows the instruction after an empty line where there is any, as in Alpaca. Numbers are
-        written out. Every other column is refused, since it would not be used.
+    Args:
+        rows: a `datasets.Dataset` or a list of dicts, with `instruction` and `response`, and at most one of `input` and
+            `context`, which follows the instruction after an empty line if there is any, as in Alpaca. Numbers are
+            converted to text. Every other column is refused, since it would not be used.
 
     Raises:
         UserError: names the column, or the row by its number, and says what to do.
     """
-    from datasets import Dataset, Features, IterableDataset, Value
+    from datasets import Dataset, Features, Value
+
+    columns = _own_columns(rows)
+    after = _after(columns)
+
+    def example(row: Mapping[str, Any], number: int) -> dict[str, str]:
+        instruction, response = (_text(row, column, number) for column in _OWN)
+        follows = _text(row, after, number, optional=True) if after else ""
+        return {"instruction": f"{instruction}\n\n{follows}" if follows.strip() else instruction, "response": response}
+
+    features = Features({column: Value("string") for column in _OWN})
+    if not isinstance(rows, Dataset):
+        return Dataset.from_list([example(row, i) for i, row in enumerate(rows)], features=features)
+    plain = rows.with_format(None)
+    return plain.map(example, with_indices=True, remove_columns=columns, features=features, desc="reading rows")
+
+
+def _own_columns(rows: Any) -> list[str]:
+    """The columns of a user's rows; `UserError` if they are of another kind, or there are none."""
+    from datasets import Dataset, IterableDataset
 
     if isinstance(rows, (str, Path)):
         check_dataset(str(rows))
@@ -302,11 +343,16 @@ def own_examples(rows: Any) -> Dataset:
         )
     if not len(rows):
         raise UserError("There are no training examples: give at least one row of instruction and response.")
+    return columns
+
+
+def _after(columns: list[str]) -> str | None:
+    """The column that follows the instruction, if any; `UserError` for columns that are missing or not used."""
     for column in _OWN:
         if column not in columns:
             raise UserError(
                 f"The training examples lack the column '{column}' among {', '.join(map(str, columns))}: give rows of "
-                "instruction and response (dataset.rename_column names a column anew)."
+                "instruction and response (dataset.rename_column renames a column)."
             )
     after = [column for column in _AFTER if column in columns]
     unused = [column for column in columns if column not in (*_OWN, *after)]
@@ -315,23 +361,13 @@ def own_examples(rows: Any) -> Dataset:
             f"The column '{unused[0] if unused else after[1]}' of the training examples would not be used: join it to "
             "the instruction, or leave it out (dataset.remove_columns)."
         )
-
-    def example(row: Mapping[str, Any], number: int) -> dict[str, str]:
-        instruction, response = (_text(row, column, number) for column in _OWN)
-        follows = _text(row, after[0], number, optional=True) if after else ""
-        return {"instruction": f"{instruction}\n\n{follows}" if follows.strip() else instruction, "response": response}
-
-    features = Features({column: Value("string") for column in _OWN})
-    if not isinstance(rows, Dataset):
-        return Dataset.from_list([example(row, i) for i, row in enumerate(rows)], features=features)
-    plain = rows.with_format(None)
-    return plain.map(example, with_indices=True, remove_columns=columns, features=features, desc="reading rows")
+    return after[0] if after else None
 
 
 def _text(row: Mapping[str, Any], column: str, number: int, optional: bool = False) -> str:
-    """A row's text in a column; numbers are written out. `optional`: nothing is an empty text."""
+    """A row's text in a column; numbers are converted. optional: a missing value is an empty text."""
     value = row.get(column)
-    if value is None or (isinstance(value, Real) and value != value):  # NaN is how pandas says nothing
+    if value is None or (isinstance(value, Real) and value != value):  # NaN is pandas' missing value
         if optional:
             return ""
         raise UserError(f"Row {number} (counted from 0) has no {column}: fill it in, or leave the row out.")

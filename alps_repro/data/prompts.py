@@ -1,4 +1,4 @@
-"""How text becomes tokens, in training and in evaluation alike, and how much of it a model can take."""
+"""Prompt template, tokenizing and collating, the same in training and evaluation; limits on the length of texts."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from alps_repro.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 #: Share of a run's rows or prompts that may lose text before the run stops.
 MAX_LOST = 0.05
 
-#: What configurations call the number of positions, in the order in which they are asked.
+#: Names of the number of positions in configurations, in the order in which they are tried.
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, with nothing before or behind it.
+    """The tokens of a text, without special tokens before or after it.
 
-    A special token that the text spells out ("</s>" in a row of data) is read as text, not as the token: it would end
-    a prompt in the middle.
+    A special token that the text spells out ("</s>" in a row of data) is read as text, not as the token, which would
+    end a prompt in the middle.
     """
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
 
 
 def beginning(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before every text: mostly nothing, or a beginning token.
+    """The tokens that a tokenizer puts before every text: usually none, or a beginning-of-text token.
 
-    What it puts behind a text (an end token, a separator) is left out wherever an answer follows.
+    What it appends to a text (an end token, a separator) is left out wherever an answer follows.
+
+    Raises:
+        UserError: a text's own tokens depend on whether special tokens are added.
     """
     probe = "Below is an instruction"
     alone, whole = encode(tokenizer, probe), tokenizer.encode(probe, split_special_tokens=True)
@@ -45,26 +45,27 @@ def beginning(tokenizer: Any) -> list[int]:
     first = next((i for i in places if whole[i : i + len(alone)] == alone), None)
     if first is None:
         raise UserError(
-            "The tokenizer makes other tokens of a text once it adds its special tokens, so that prompt and answer "
+            "The tokenizer splits a text differently when it adds its special tokens, so that prompt and answer "
             "cannot be joined: use another tokenizer of this model."
         )
     return whole[:first] if alone else []
 
 
 def positions(config: Any) -> int | None:
-    """How many tokens a model can take at once, by its configuration; None where that says nothing.
+    """The number of a model's positions by its configuration; None if that has none.
 
-    A tokenizer's `model_max_length` is no answer: it may be of another model, or mean nothing.
+    A tokenizer's `model_max_length` is not used: it may be another model's, or arbitrary.
     """
     text = config.get_text_config()
-    found = (getattr(text, name, None) for name in _POSITIONS)
-    return next((int(number) for number in found if isinstance(number, int) and number > 0), None)
+    numbers = (getattr(text, name, None) for name in _POSITIONS)
+    return next((int(number) for number in numbers if isinstance(number, int) and number > 0), None)
 
 
 def said_lost(rows: dict[str, int]) -> str:
-    """A phrase of what rows lost, as `Finetuned.rows` counts it; empty where nothing did.
+    """A phrase about lost text; empty if there is none.
 
-    rows: given, cut, dropped, empty, and `max_length`, the tokens that a row may have.
+    Args:
+        rows: counts as in `Finetuned.rows`: given, cut, dropped, empty, and `max_length` in tokens.
     """
     parts = [
         (rows["cut"], f"cut at {rows['max_length']} tokens"),
@@ -81,20 +82,21 @@ PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
+#: Label of tokens that are not loss tokens.
 IGNORED = -100
 
 
 def tokenize(examples: Dataset, tokenizer: Any, max_length: int) -> Dataset:
-    """Columns `input_ids` and `prompt_length`: the Alpaca prompt, the response, the end token, cut at `max_length`.
+    """Columns `input_ids` and `prompt_length`: Alpaca prompt, response and end token, truncated at `max_length`.
 
-    Prompt and response are tokenized apart, as they are when the model answers, and nothing stands between them,
-    whatever the tokenizer appends to a text. Examples whose prompt leaves no room for an answer are left out.
+    Prompt and response are tokenized separately, as in generation, with nothing between them, whatever the tokenizer
+    appends to a text. Examples whose prompt leaves no room for an answer are left out.
     """
     return tokenize_and_count(examples, tokenizer, max_length)[0]
 
 
 def tokenize_and_count(examples: Dataset, tokenizer: Any, max_length: int) -> tuple[Dataset, dict[str, int]]:
-    """What `tokenize` gives, and how much of the examples is in it, as `Finetuned.rows` says it."""
+    """What `tokenize` returns, and counts of the examples as in `Finetuned.rows`."""
     for column in ("instruction", "response"):
         if column not in examples.column_names:
             raise UserError(f"The training examples lack the column '{column}': give rows of instruction and response.")
@@ -127,37 +129,47 @@ def tokenize_and_count(examples: Dataset, tokenizer: Any, max_length: int) -> tu
     return kept.remove_columns(list(counts)), rows
 
 
-def longest(model: torch.nn.Module, asked: int) -> int:
-    """Tokens that a row may have: as many as asked, and no more than the model has positions."""
-    return min(asked, positions(model.config) or asked)
+def longest(model: PreTrainedModel, requested: int) -> int:
+    """Maximal tokens of a row: the requested number, but no more than the model has positions."""
+    return min(requested, positions(model.config) or requested)
 
 
 def check_rows(rows: dict[str, int], max_lost: float, what: str = "training examples") -> None:
-    """Raise `UserError` where more rows lose text than may; say by a warning which do.
+    """Warn about rows that lose text.
 
-    rows: as `tokenize_and_count` gives them. max_lost: share of them that may be cut, dropped or empty.
+    Args:
+        rows: as `tokenize_and_count` returns them.
+        max_lost: share of them that may be truncated, dropped or empty.
+        what: the rows, for messages.
+
+    Raises:
+        UserError: more rows lose text.
     """
     said = said_lost(rows)
     if rows["cut"] + rows["dropped"] + rows["empty"] > max_lost * rows["given"]:
         raise UserError(
             f"Too many of the {what} would lose text ({said}), and max_lost allows {max_lost:.3g} of them: choose or "
-            "mend them, raise max_length if the model has the positions, or set max_lost to 1 to go on."
+            "correct them, raise max_length if the model has the positions, or set max_lost to 1 to go on."
         )
     if said:
-        warnings.warn(f"Some of the {what} lose text: {said}.", stacklevel=3)
+        warnings.warn(f"Some of the {what} lose text: {said}.", stacklevel=4)
     if rows["special"]:
         warnings.warn(
             f"{rows['special']} of the {what} spell out special tokens of the tokenizer, which are read as text.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 @dataclass(frozen=True)
 class Collate:
-    """Makes a batch, padded on the left, that asks the model for the logits it needs only.
+    """Makes batches, padded on the left, for which the model computes only the logits that are needed.
 
-    The output layer costs about a quarter of a small model's step; with the answers at the right edge, only the last
-    `logits_to_keep` positions have to pass through it. Labels are cut alike, so that the model's own loss applies.
+    The output layer takes about a quarter of a small model's step; with the answers at the right edge, only the last
+    `logits_to_keep` positions have to pass through it. Labels are cut to these, so that the model's own loss applies.
+
+    Attributes:
+        pad_token_id: the tokenizer's.
+        loss_on: loss tokens: the `response`'s, or the `prompt`'s too.
     """
 
     pad_token_id: int

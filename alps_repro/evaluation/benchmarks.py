@@ -1,26 +1,26 @@
-"""Benchmarks and the tasks that need no hub: what is asked, how it is scored, and which tables it stands in."""
+"""Benchmarks and the tasks that need no hub: settings, metrics, and what an evaluation can be asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, get_args
 
 from alps_repro.data.datasets import OFFLINE
 from alps_repro.errors import UserError, nearest
 from alps_repro.evaluation.tasks import knowledge
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """How the paper uses an lm-eval task (its section 4.1).
 
-    shots: few-shot examples, given to lm-eval explicitly, over what its task file says.
-    metrics: names in lm-eval's results whose mean is the paper's number.
-    macro: the paper averages over subtasks (MMLU's 57 subjects), where lm-eval's group score weighs them by size.
+    Attributes:
+        shots: number of few-shot examples; overrides lm-eval's task file.
+        metrics: names in lm-eval's results whose mean is the paper's number.
+        macro: whether the paper averages over subtasks (MMLU's 57 subjects), where lm-eval's group score weights them
+            by size.
+        runs_code: whether it runs code that the model wrote.
     """
 
     shots: int
@@ -51,9 +51,13 @@ BENCHMARKS: dict[str, Benchmark] = {
 class Knowledge:
     """A task of general knowledge or language that needs no hub, to measure what fine-tuning cost elsewhere.
 
-    configuration: lm-eval's, made when it is asked for. metric: the name of the number that stands for the task.
-    summary: metrics that lm-eval does not make, from the task's samples and the model's way to make tokens of a text.
-    wraps: whether the template `alpaca` may be put around its questions.
+    Attributes:
+        configuration: makes lm-eval's configuration.
+        metric: name of the task's main metric.
+        summary: metrics that lm-eval does not compute, from the task's samples and the model's function from a text to
+            its tokens.
+        higher_is_better: of the main metric.
+        wraps: whether the template `alpaca` may wrap its questions.
     """
 
     configuration: Callable[[], dict[str, Any]]
@@ -71,37 +75,41 @@ KNOWLEDGE: dict[str, Knowledge] = {
     ),
 }
 
-#: What may stand around lm-eval's own text.
-TEMPLATES = ("none", "alpaca")
+#: Prompt templates around lm-eval's own prompts.
+Template = Literal["none", "alpaca"]
+TEMPLATES: tuple[str, ...] = get_args(Template)
 
-#: What matrices may be multiplied in: the weights' own dtype, or half precision with everything else left as it is.
-AUTOCASTS = ("none", "bfloat16", "float16")
+#: Dtype of matrix products: the weights' own (`none`), or half precision with everything else unchanged.
+Autocast = Literal["none", "bfloat16", "float16"]
+AUTOCASTS: tuple[str, ...] = get_args(Autocast)
 
-#: What weights may be loaded in to be evaluated.
-DTYPES = ("float32", "bfloat16", "float16")
+#: Dtypes in which weights may be loaded for evaluation.
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
-#: Questions of an offline task: those that count, and those that settings are chosen on.
-SPLITS = ("test", "validation")
+#: Questions of an offline task: for results, and for choosing settings.
+Split = Literal["test", "validation"]
+SPLITS: tuple[str, ...] = get_args(Split)
 
-#: The number that stands for an offline task in tables; the strict one is kept beside it.
+#: Main metric of an offline task in tables; the strict one is kept beside it.
 OFFLINE_METRIC = "exact_match,flexible-extract"
 
 
 def check_tasks(tasks: Sequence[str], allow_code: bool, split: str = "test") -> None:
-    """Raise `UserError` where a task is unknown, runs code without leave, or has no such split."""
+    """Raise `UserError` if a task is unknown, runs code that is not allowed, or has no such split."""
     known = [*OFFLINE, *BENCHMARKS, *KNOWLEDGE]
     for task in tasks:
         if task not in known:
             raise UserError(f"There is no task '{task}': {nearest(task, known)}")
         if split != "test" and task not in OFFLINE:
             raise UserError(
-                f"The task '{task}' is asked on its test questions only: leave split='{split}' to offline tasks "
+                f"The task '{task}' has test questions only: leave split='{split}' to offline tasks "
                 f"({', '.join(OFFLINE)})."
             )
         if runs_code(task) and not allow_code:
             raise UserError(
-                f"The task '{task}' runs code that the model wrote: say allow_code=True if this machine may run it, "
-                "within a sandbox."
+                f"The task '{task}' runs code that the model wrote: pass allow_code=True if this machine may run it, "
+                "in a sandbox."
             )
 
 
@@ -118,14 +126,17 @@ def check_limit(limit: Any) -> int | None:
 
 
 def shots(task: str) -> int:
+    """Number of few-shot examples of a task."""
     return BENCHMARKS[task].shots if task in BENCHMARKS else 0
 
 
 def wraps(task: str) -> bool:
+    """Whether the template `alpaca` may wrap a task's questions."""
     return task in BENCHMARKS or (task in KNOWLEDGE and KNOWLEDGE[task].wraps)
 
 
 def runs_code(task: str) -> bool:
+    """Whether a task runs code that the model wrote."""
     return task in BENCHMARKS and BENCHMARKS[task].runs_code
 
 

@@ -1,4 +1,4 @@
-"""Evaluation by lm-evaluation-harness, in this process and on the loaded model."""
+"""Evaluation with lm-evaluation-harness, in this process and on the loaded model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,20 +41,28 @@ from alps_repro.models.loading import load_model
 if TYPE_CHECKING:
     import torch
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
+
+    from alps_repro.evaluation.tasks.offline import PromptedLM
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The results of `evaluate`.
 
-    scores: {task: the number that stands for it, between 0 and 1; for prose, nats per token}. results: {task:
-        {lm-eval's metric: value}}, with standard errors over items (`..._stderr`) where there are any; of an offline
-        task also `answer_loglikelihood` (nats, mean over the right answers) and `answer_accuracy` (share of these that
-        are what the model would say greedily, token by token); of one that runs code also `stalled` (programs that the
-        machine had no time for). samples: {task: one dict per question, by `doc_id`, with prompt, answer and grade}.
-        versions, shots, hashes: {task: ...}; a hash is over questions, prompts and answers. truncated: {task: questions
-        whose prompt was cut from the left, since it did not fit into the model's positions with an answer behind it}.
-        neutralized: what `greedy` set aside of the model's own settings.
+    Attributes:
+        scores: {task: its main metric, between 0 and 1; for prose, nats per token}.
+        results: {task: {lm-eval's metric: value}}, with standard errors over questions (`..._stderr`) where there are
+            any; for an offline task also `answer_loglikelihood` (nats, mean over the right answers) and
+            `answer_accuracy` (share of these that are the model's greedy prediction, token by token); for a task that
+            runs code also `stalled` (programs that the machine had no time for).
+        samples: {task: one dict per question, by `doc_id`, with prompt, answer and grade}.
+        versions: {task: lm-eval's version of it}.
+        shots: {task: number of few-shot examples}.
+        hashes: {task: SHA-256 over questions, prompts and answers}.
+        truncated: {task: questions whose prompt was truncated on the left, because with an answer it does not fit into
+            the model's positions}.
+        neutralized: the model's own generation settings that `greedy` set aside.
     """
 
     scores: dict[str, float]
@@ -67,7 +75,7 @@ class Evaluation:
     neutralized: dict[str, Any] = field(default_factory=dict)
 
 
-#: Settings of a generation_config.json that leave greedy decoding as it is, or that lm-eval gives itself.
+#: Settings of a generation_config.json that do not affect greedy decoding, or that lm-eval sets itself.
 _HARMLESS = (
     *("do_sample", "temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
     *("max_length", "use_cache", "pad_token_id", "bos_token_id", "decoder_start_token_id", "renormalize_logits"),
@@ -79,17 +87,23 @@ _HARMLESS = (
 
 @contextmanager
 def greedy(model: torch.nn.Module, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    """Let a model generate the likeliest token each time and nothing else, whatever its generation_config.json says.
+    """Make a model decode greedily and nothing else, whatever its generation_config.json says.
 
-    An answer ends at the tokenizer's end token, which models are trained with (behind it a batch would go on), and at
-    those of the model's own end tokens that are special or added ones: an ordinary one would cut answers off.
+    An answer ends at the tokenizer's end token, which models are trained with (without it, a batch would continue past
+    the answer), and at those of the model's own end tokens that are special or added ones: an ordinary token among them
+    would truncate answers.
+
+    Args:
+        model: its generation configuration is replaced within the context.
+        tokenizer: the model's.
 
     Yields:
-        {setting that was set aside: its value}, of those that would change what is generated.
+        {setting that was set aside: its value}, for those that would change what is generated.
     """
     from transformers import GenerationConfig
 
     # An adapter's model and the one around it may each have one.
+    owners: list[tuple[Any, GenerationConfig]]
     owners = [(module, vars(module)["generation_config"]) for module in model.modules() if _generates(module)]
     own = owners[0][1] if owners else GenerationConfig()
     ends = own.eos_token_id if isinstance(own.eos_token_id, (list, tuple)) else [own.eos_token_id]
@@ -131,7 +145,7 @@ def _generates(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def kept_generators() -> Iterator[None]:
-    """Leave Python's, NumPy's and torch's global generators as they were; lm-eval reseeds all three."""
+    """Restore Python's, NumPy's and torch's global random generators afterwards; lm-eval reseeds all three."""
     import torch
 
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -148,7 +162,7 @@ def kept_generators() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what lm-eval says of every loaded model and task; errors still show."""
+    """Suppress lm-eval's messages about every loaded model and task; errors are still shown."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -161,7 +175,7 @@ def quiet() -> Iterator[None]:
 
 
 def evaluate(
-    model: str | Path | torch.nn.Module,
+    model: str | Path | PreTrainedModel,
     tasks: Sequence[str],
     *,
     tokenizer: Any = None,
@@ -179,148 +193,117 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on tasks with lm-evaluation-harness. No weights are written to disk for it.
 
-    model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`.
-        Answers are generated greedily: other settings of its generation_config.json are set aside, with a warning.
-    tasks: of `BENCHMARKS` (the paper's ten, with its shots), `data.OFFLINE` or `KNOWLEDGE`.
-    limit: questions per task. batch_size: fixed, since scores on GPUs move with it.
-    template: `none` asks lm-eval's own text; `alpaca` wraps it, examples included, in the template that models were
-        tuned on. Offline tasks carry that template already and are never wrapped; prose is none to be answered.
-    split: `validation` asks an offline task's other questions, for choosing settings; none of them is in `test`.
-    autocast: of `AUTOCASTS`; bfloat16 is the faster one on processors that multiply it (AMX).
-    dtype: of `DTYPES`, what the weights of a named model are loaded in, float32 where none is said: models that are
-        compared want the same one, whatever each is stored in. A loaded model is taken as it is.
-    device: of `devices.DEVICES`, for a named model.
-    allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.sandbox`: lm-eval, which would run it
-        in this process, only generates it.
-    max_lost: share of a task's questions whose prompt may be cut to the model's positions, as lm-eval does it; more of
-        them stop the run before the model is asked, and 1 goes on whatever is cut.
+    Args:
+        model: a name, checkpoint folder, hub id or adapter folder; or a loaded model, with its `tokenizer`. Answers are
+            generated greedily: other settings of its generation_config.json are set aside, with a warning.
+        tasks: of `BENCHMARKS` (the paper's ten, with its shots), `data.datasets.OFFLINE` or `KNOWLEDGE`.
+        tokenizer: of a loaded model.
+        quantization: for a named model: `none`, `8bit` or `4bit`.
+        batch_size: fixed, because scores on GPUs depend on it.
+        limit: number of questions per task; all by default.
+        template: `none` uses lm-eval's own prompts; `alpaca` wraps them, few-shot examples included, in the template
+            that models were tuned with. Offline tasks already use that template; prose is never wrapped.
+        split: `validation` evaluates an offline task on its validation questions, for choosing settings; none of them
+            is in `test`.
+        autocast: of `AUTOCASTS`; bfloat16 is faster on processors with bfloat16 matrix units (AMX).
+        dtype: of `DTYPES`, for the weights of a named model; float32 by default. Models that are compared should have
+            the same one, whatever each is stored in. A loaded model is used as it is.
+        device: of `devices.DEVICES`, for a named model.
+        allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.evaluation.sandbox`: lm-eval, which
+            would run it in this process, only generates it.
+        max_lost: share of a task's questions whose prompt may be truncated to the model's positions, as lm-eval does
+            it; above it the run stops before the model is evaluated. 1 accepts any number.
+        progress: show progress bars.
+
+    Returns:
+        Scores, all metrics and all samples.
 
     Raises:
-        UserError: a task is unknown, needs the network where there is none, or runs code without leave; a loaded model
-            is in another dtype, or elsewhere, than is asked for; a GPU is asked for, or there, and cannot be used; or
-            its prompts do not fit into the model.
+        UserError: a task is unknown, needs the network where there is none, or runs code without `allow_code`; a loaded
+            model has another dtype or device than requested; a GPU is requested or present and cannot be used; or the
+            prompts do not fit into the model.
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
-    one_of("template", template, TEMPLATES)
-    one_of("autocast", autocast, AUTOCASTS)
+    job = _Job(tuple(tasks), batch_size, limit, template, split, autocast, allow_code, max_lost, progress)
+    job = _checked(job, dtype)
+    loaded, tokenizer = _loaded(model, tokenizer, quantization, dtype, device)
+    with _tidied(job, loaded, tokenizer), _explained(job.tasks):
+        with greedy(loaded, tokenizer) as aside, kept_generators(), quiet():
+            lm = _lm(job, loaded, tokenizer)
+            answers = _ask(job, lm)
+            truncated = _truncated(lm.truncated, answers["samples"])
+    for task, number in truncated.items():
+        if number:
+            total = len({row["doc_id"] for row in answers["samples"][task]})
+            warnings.warn(
+                f"For the task '{task}', {number} of {total} prompts were truncated on the left: with an answer they "
+                f"do not fit into the model's {lm.max_length} positions.",
+                stacklevel=2,
+            )
+    return _evaluation(answers, job.tasks, truncated, aside)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a model is evaluated on, and how; as `evaluate` takes it."""
+
+    tasks: tuple[str, ...]
+    batch_size: int
+    limit: int | None
+    template: str
+    split: str
+    autocast: str
+    allow_code: bool
+    max_lost: float
+    progress: bool
+
+
+def _checked(job: _Job, dtype: str | None) -> _Job:
+    """The job with its limit as a whole number; `UserError` if it is impossible for any model."""
+    one_of("template", job.template, TEMPLATES)
+    one_of("autocast", job.autocast, AUTOCASTS)
     if dtype is not None:
         one_of("dtype", dtype, DTYPES)
-    check_tasks(tasks, allow_code, one_of("split", split, SPLITS))
-    limit = check_limit(limit)
-    if batch_size < 1:
-        raise UserError(f"The batch_size {batch_size} asks no question at a time: give 1 or more.")
-    if any(runs_code(task) for task in tasks) and (reason := why_not()):
+    check_tasks(job.tasks, job.allow_code, one_of("split", job.split, SPLITS))
+    limit = check_limit(job.limit)
+    if job.batch_size < 1:
+        raise UserError(f"The batch_size is {job.batch_size}: give 1 or more.")
+    if any(runs_code(task) for task in job.tasks) and (reason := why_not()):
         raise UserError(reason)
+    return replace(job, limit=limit)
+
+
+def _loaded(
+    model: str | Path | PreTrainedModel, tokenizer: Any, quantization: str, dtype: str | None, device: str
+) -> tuple[PreTrainedModel, Any]:
+    """The model, loaded if it is named, and its tokenizer."""
     if isinstance(model, (str, Path)):
         import torch
 
         model, tokenizer = load_model(model, quantization, dtype=getattr(torch, dtype or "float32"), device=device)
     else:
         _check_loaded(model, quantization, dtype, device)
-    own_dtype = str(model.dtype).removeprefix("torch.")
-    check_products(own_dtype, model.device.type)
+    check_products(_dtype(model), model.device.type)
     if tokenizer is None:
         raise UserError("A loaded model needs its tokenizer: pass tokenizer=...")
-
-    from lm_eval import simple_evaluate
-
-    from alps_repro.evaluation.tasks.offline import PromptedLM
-
-    shown = None if progress else "1"
-    training, before = model.training, os.environ.get("TQDM_DISABLE")
-    if allow_code:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    if shown:
-        os.environ["TQDM_DISABLE"] = shown
-    own_template = tokenizer.chat_template
-    if template == "alpaca":
-        # All messages, since a task's description is one of its own; Jinja drops the last line break.
-        tokenizer.chat_template = PROMPT.format(instruction="{{ messages | map(attribute='content') | join }}") + "\n"
-    try:
-        with greedy(model, tokenizer) as aside, kept_generators(), quiet():
-            lm = PromptedLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=batch_size,
-                max_lost=max_lost,
-                mixed_precision_dtype=None if autocast == "none" else autocast,
-                # Of logits in 8 or 11 bits; their logarithms, summed over an answer, want more.
-                softmax_dtype=None if own_dtype == "float32" else "float32",
-            )
-            manager = _manager(any(task in BENCHMARKS for task in tasks))
-            found: dict[str, Any] = {}
-            # lm-eval takes one number of shots a call, and wraps all of its tasks or none.
-            wrap = template == "alpaca"
-            asked = {task: (shots(task), wrap and wraps(task), runs_code(task)) for task in tasks}
-            for few, wrapped, code in sorted(set(asked.values())):
-                alike = [task for task, how in asked.items() if how == (few, wrapped, code)]
-                part = simple_evaluate(
-                    model=lm,
-                    tasks=[configuration for task in alike for configuration in _configurations(task, split)],
-                    num_fewshot=few,
-                    task_manager=manager,
-                    limit=limit,
-                    bootstrap_iters=1000,
-                    log_samples=True,
-                    apply_chat_template=wrapped,
-                    fewshot_as_multiturn=False,
-                    confirm_run_unsafe_code=code,  # it only generates, but asks all the same
-                    predict_only=code,
-                )
-                if code:
-                    part["results"] = {task: _pass_at_1(task, rows) for task, rows in part["samples"].items()}
-                for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
-                    found.setdefault(key, {}).update(part.get(key) or {})
-            for task in asked:
-                if task in OFFLINE:
-                    _add_answers(task, found)
-                elif task in KNOWLEDGE and (summary := KNOWLEDGE[task].summary):
-                    found["results"][task].update(summary(found["samples"][task], lm.tok_text))
-            found["truncated"] = _truncated(lm.truncated, found["samples"])
-    except UserError:
-        raise
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"The tasks {', '.join(tasks)} need the package '{error.name}': run pip install 'alps-repro[benchmarks]'."
-        ) from error
-    except Exception as error:
-        # What nltk's tokenizer data lacks is a bare LookupError.
-        missing = isinstance(error, OSError) or type(error) is LookupError
-        if missing or "offline" in str(error).lower() or _is_hub_error(error):
-            raise UserError(
-                f"The questions of {', '.join(tasks)} could not be had from the hub ({type(error).__name__}): check "
-                f"the connection, or use offline tasks: {', '.join(OFFLINE)}."
-            ) from error
-        raise
-    finally:
-        tokenizer.chat_template = own_template
-        model.train(training)
-        if shown:
-            os.environ.pop("TQDM_DISABLE")
-            if before is not None:
-                os.environ["TQDM_DISABLE"] = before
-    for task, number in found["truncated"].items():
-        if number:
-            asked = len({row["doc_id"] for row in found["samples"][task]})
-            warnings.warn(
-                f"Of the task '{task}', {number} of {asked} prompts were cut from the left: with an answer they do not "
-                f"fit into the model's {lm.max_length} positions.",
-                stacklevel=2,
-            )
-    return _evaluation(found, tasks, aside)
+    return model, tokenizer
 
 
-def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str) -> None:
-    """Raise `UserError` where a loaded model is not as it was asked to be loaded."""
-    own = str(model.dtype).removeprefix("torch.")
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _check_loaded(model: PreTrainedModel, quantization: str, dtype: str | None, device: str) -> None:
+    """Raise `UserError` if a loaded model differs from what is requested."""
+    own = _dtype(model)
     if dtype is not None and dtype != own:
         raise UserError(
-            f"The loaded model is in {own}, and dtype '{dtype}' is asked for: leave dtype out, or load the model in it."
+            f"The loaded model is in {own}, and dtype '{dtype}' is requested: leave dtype out, or load the model in it."
         )
     if device != "auto" and placed(device) != model.device.type:
         raise UserError(
-            f"The loaded model is on '{model.device.type}', and device '{device}' is asked for: leave device out, or "
+            f"The loaded model is on '{model.device.type}', and device '{device}' is requested: leave device out, or "
             "load the model there."
         )
     if quantization != "none" and not getattr(model, f"is_loaded_in_{quantization}", False):
@@ -329,14 +312,112 @@ def _check_loaded(model: Any, quantization: str, dtype: str | None, device: str)
         )
 
 
-def _truncated(found: dict[str, set[int]], samples: dict[str, Any]) -> dict[str, int]:
-    """How many questions of each task lost a part of their prompt, asked for an answer or for its likelihood."""
+@contextmanager
+def _tidied(job: _Job, model: PreTrainedModel, tokenizer: Any) -> Iterator[None]:
+    """Set the environment and the tokenizer's template for a job; restore both, and the model's mode, afterwards."""
+    training, before, own_template = model.training, os.environ.get("TQDM_DISABLE"), tokenizer.chat_template
+    if job.allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    if not job.progress:
+        os.environ["TQDM_DISABLE"] = "1"
+    if job.template == "alpaca":
+        # All messages, since a task's description is one of its own; Jinja drops the last line break.
+        tokenizer.chat_template = PROMPT.format(instruction="{{ messages | map(attribute='content') | join }}") + "\n"
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = own_template
+        model.train(training)
+        if not job.progress:
+            os.environ.pop("TQDM_DISABLE")
+            if before is not None:
+                os.environ["TQDM_DISABLE"] = before
+
+
+@contextmanager
+def _explained(tasks: Sequence[str]) -> Iterator[None]:
+    """Raise `UserError` for a package or a network connection that the tasks need and do not find."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"The tasks {', '.join(tasks)} need the package '{error.name}': run pip install 'alps-repro[benchmarks]'."
+        ) from error
+    except Exception as error:
+        # A bare LookupError is how nltk reports missing tokenizer data.
+        missing = isinstance(error, OSError) or type(error) is LookupError
+        if missing or "offline" in str(error).lower() or _is_hub_error(error):
+            raise UserError(
+                f"The questions of {', '.join(tasks)} could not be loaded from the hub ({type(error).__name__}): check "
+                f"the connection, or use offline tasks: {', '.join(OFFLINE)}."
+            ) from error
+        raise
+
+
+def _is_hub_error(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("huggingface_hub", "datasets", "httpx", "requests", "fsspec")
+
+
+def _lm(job: _Job, model: PreTrainedModel, tokenizer: Any) -> PromptedLM:
+    from alps_repro.evaluation.tasks.offline import PromptedLM
+
+    return PromptedLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=job.batch_size,
+        max_lost=job.max_lost,
+        mixed_precision_dtype=None if job.autocast == "none" else job.autocast,
+        # For logits with 8 or 11 bits; their logarithms, summed over an answer, need more.
+        softmax_dtype=None if _dtype(model) == "float32" else "float32",
+    )
+
+
+def _ask(job: _Job, lm: PromptedLM) -> dict[str, Any]:
+    """lm-eval's `results`, `samples`, `versions`, `n-shot` and `group_subtasks`, all tasks together."""
+    from lm_eval import simple_evaluate
+
+    manager = _manager(any(task in BENCHMARKS for task in job.tasks))
+    answers: dict[str, Any] = {}
+    # One call of lm-eval has one number of shots, and wraps all of its tasks or none.
+    wrap = job.template == "alpaca"
+    kinds = {task: (shots(task), wrap and wraps(task), runs_code(task)) for task in job.tasks}
+    for few, wrapped, code in sorted(set(kinds.values())):
+        alike = [task for task, kind in kinds.items() if kind == (few, wrapped, code)]
+        part = simple_evaluate(
+            model=lm,
+            tasks=[configuration for task in alike for configuration in _configurations(task, job.split)],
+            num_fewshot=few,
+            task_manager=manager,
+            limit=job.limit,
+            bootstrap_iters=1000,
+            log_samples=True,
+            apply_chat_template=wrapped,
+            fewshot_as_multiturn=False,
+            confirm_run_unsafe_code=code,  # needed even though it only generates
+            predict_only=code,
+        )
+        if code:
+            part["results"] = {task: _pass_at_1(task, rows) for task, rows in part["samples"].items()}
+        for key in ("results", "samples", "versions", "n-shot", "group_subtasks"):
+            answers.setdefault(key, {}).update(part.get(key) or {})
+    for task in kinds:
+        if task in OFFLINE:
+            _add_answers(task, answers)
+        elif task in KNOWLEDGE and (summary := KNOWLEDGE[task].summary):
+            answers["results"][task].update(summary(answers["samples"][task], lm.tok_text))
+    return answers
+
+
+def _truncated(questions: dict[str, set[int]], samples: dict[str, Any]) -> dict[str, int]:
+    """Number of questions of each task whose prompt was truncated, for generation or for the answer's likelihood."""
     names = {task: (task, f"{task}_answer") if task in OFFLINE else (task,) for task in samples}
-    return {task: len(set().union(*(found.get(name, ()) for name in own))) for task, own in names.items()}
+    return {task: len(set().union(*(questions.get(name, ()) for name in own))) for task, own in names.items()}
 
 
 def _configurations(task: str, split: str) -> list[Any]:
-    """What lm-eval is given for a task: the name of its own, or the configuration of one that is not."""
+    """A task as lm-eval takes it: by name if it is lm-eval's own, else by its configuration."""
     if task in OFFLINE:
         from alps_repro.evaluation.tasks import offline
 
@@ -344,46 +425,42 @@ def _configurations(task: str, split: str) -> list[Any]:
     return [KNOWLEDGE[task].configuration() if task in KNOWLEDGE else task]
 
 
-def _add_answers(task: str, found: dict[str, Any]) -> None:
-    """Put what lm-eval found of an offline task's right answers beside the grades of what the model said."""
+def _add_answers(task: str, answers: dict[str, Any]) -> None:
+    """Merge the likelihoods of an offline task's right answers with the grades of the generated ones."""
     name = f"{task}_answer"
     for key in ("versions", "n-shot"):
-        del found[key][name]
-    metrics = found["results"].pop(name)
-    found["results"][task].update({key: value for key, value in metrics.items() if key.startswith("answer_")})
-    loglikelihoods = {row["doc_id"]: row["answer_loglikelihood"] for row in found["samples"].pop(name)}
-    for row in found["samples"][task]:
+        del answers[key][name]
+    metrics = answers["results"].pop(name)
+    answers["results"][task].update({key: value for key, value in metrics.items() if key.startswith("answer_")})
+    loglikelihoods = {row["doc_id"]: row["answer_loglikelihood"] for row in answers["samples"].pop(name)}
+    for row in answers["samples"][task]:
         row["answer_loglikelihood"] = loglikelihoods[row["doc_id"]]
 
 
-@functools.cache  # lm-eval reads its 14,000 task files for one with its own tasks: 5 to 10 s
+@functools.cache  # with lm-eval's own tasks it reads 14,000 files: 5 to 10 s
 def _manager(benchmarks: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=benchmarks)
 
 
-def _is_hub_error(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("huggingface_hub", "datasets", "httpx", "requests", "fsspec")
-
-
 def _pass_at_1(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Run each sample's program beside its tests in the sandbox, note how it ended, and count those that pass."""
+    """Run each sample's program with its tests in the sandbox, store how it ended, and count those that pass."""
     for sample in samples:
         program = sample["filtered_resps"][0]
         while not isinstance(program, str):  # lists of one, as the task's filter made them
             program = program[0]
         tests, question = f"{sample['target']}\n", sample.get("doc", {})
         if entry := question.get("entry_point"):
-            # HumanEval's prompts define functions that its tests judge by (`poly`, `encode_shift`): these are the
-            # prompt's, whatever the program makes of them. The one that is asked for stands there without a body.
+            # HumanEval's prompts define functions that its tests use (`poly`, `encode_shift`): the prompt's own are
+            # taken, even if the program redefines them. The requested function has no body there.
             tests = f"{question['prompt']}\n    pass\ndel {entry}\n{tests}"
         sample["outcome"] = run_program(program, tests).reason
     passed = np.array([sample["outcome"] == "passed" for sample in samples], dtype=float)
     stalled = sum(sample["outcome"] == "stalled" for sample in samples)
     if stalled:
         warnings.warn(
-            f"{stalled} of {len(samples)} programs of '{task}' were stopped while this machine had no time for them, "
+            f"{stalled} of {len(samples)} programs of '{task}' were stopped because this machine had no time for them, "
             "and count as not passed: evaluate again when it is idle.",
             UserWarning,
             stacklevel=2,
@@ -393,12 +470,14 @@ def _pass_at_1(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
     return {metric: float(passed.mean()), metric.replace(",", "_stderr,"): error, "stalled": float(stalled)}
 
 
-def _evaluation(found: dict[str, Any], tasks: Sequence[str], neutralized: dict[str, Any]) -> Evaluation:
+def _evaluation(
+    answers: dict[str, Any], tasks: Sequence[str], truncated: dict[str, int], neutralized: dict[str, Any]
+) -> Evaluation:
     import hashlib
 
     from lm_eval.utils import handle_non_serializable
 
-    samples = json.loads(json.dumps(found["samples"], default=handle_non_serializable))
+    samples = json.loads(json.dumps(answers["samples"], default=handle_non_serializable))
     hashes = {
         task: hashlib.sha256(
             json.dumps(sorted([s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in rows)).encode()
@@ -407,16 +486,16 @@ def _evaluation(found: dict[str, Any], tasks: Sequence[str], neutralized: dict[s
     }
     results = {
         task: {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        for task, row in found["results"].items()
+        for task, row in answers["results"].items()
     }
     return Evaluation(
-        scores={task: _score(task, results, found["group_subtasks"]) for task in tasks},
+        scores={task: _score(task, results, answers["group_subtasks"]) for task in tasks},
         results=results,
         samples=samples,
-        versions=dict(found["versions"]),
-        shots={task: int(n) for task, n in found["n-shot"].items()},
+        versions=dict(answers["versions"]),
+        shots={task: int(n) for task, n in answers["n-shot"].items()},
         hashes=hashes,
-        truncated=found["truncated"],
+        truncated=truncated,
         neutralized=neutralized,
     )
 

@@ -1,13 +1,13 @@
-"""What runs within the walls of `alps_repro.sandbox`: a program in one sandbox, the tests that judge it in another.
+"""What runs in the sandboxes of `alps_repro.evaluation.sandbox`: a program in one, the tests that judge it in another.
 
-Two pipes are all that the two share. The tests call the program's functions over them; what these return is carried as
-plain built-in values, made anew on the other side, where the tests compare them. No code of the program ever runs
-beside the tests, and only the tests' side knows the mark that says that they ran to their end.
+The two share two pipes and nothing else. The tests call the program's functions over them; return values are sent as
+plain built-in values and reconstructed on the other side, where the tests compare them. No code of the program ever
+runs in the tests' process, and only the tests' side knows the token that says that they ran to their end.
 
     python sandboxed.py program REQUESTS REPLIES         stdin: the program
-    python sandboxed.py tests REPLIES REQUESTS RESULT    stdin: the mark, a line break, the tests
+    python sandboxed.py tests REPLIES REQUESTS RESULT    stdin: the token, a line break, the tests
 
-Of the standard library alone, and without a word about this package: neither sandbox has it.
+It uses the standard library alone and nothing of this package, which neither sandbox has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 
-TYPE_CHECKING = False  # as `typing` has it, whose import takes as long as the rest
+TYPE_CHECKING = False  # as in `typing`, whose import takes as long as the rest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any, BinaryIO
@@ -25,23 +25,25 @@ if TYPE_CHECKING:
 #: The first line of a sandbox in which nothing of the program has run yet.
 READY = "ready"
 
-#: Bytes of one value that is carried.
+#: Bytes of the largest value that is sent.
 LARGEST = 64 << 20
 
-#: Modules that tests may use by these names where a program imports them, besides the standard library's.
+#: Modules that tests may use by these names if the program imports them, besides those of the standard library.
 _MODULES = {"np": "numpy", "numpy": "numpy"}
 
 _CONTAINERS = {"t": tuple, "s": set, "f": frozenset}
 
 
 class Over(BaseException):
-    """The program cannot answer any more; no `except Exception` of the tests may hide it."""
+    """The program can no longer answer; not an `Exception`, so that no `except Exception` in the tests hides it."""
 
 
 class Foreign:
-    """An object of the other side that is no plain value: to be called, iterated, given back, or asked for attributes
-    and items, which are plain values or foreign again. Tests that compare one are refused: it would be the program that
-    answers."""
+    """An object of the other side that is no plain value.
+
+    It can be called, iterated, passed back, and asked for attributes and items, which are plain values or foreign
+    again. Tests may not compare it: the program would decide the result.
+    """
 
     __slots__ = ("_number", "_side")
 
@@ -95,19 +97,25 @@ class Foreign:
 
 
 class Side:
-    """One end of the pipes: asks the other end, and answers it by the named operations. trusted: the tests' end."""
+    """One end of the pipes: sends requests to the other end, and answers its requests with named operations.
 
-    def __init__(self, reads: BinaryIO, writes: BinaryIO, operations: dict[str, Callable], *, trusted: bool) -> None:
+    Attributes:
+        trusted: whether this is the tests' end.
+        over: why the other side can no longer answer; stays set, whatever the tests do with the exception.
+    """
+
+    def __init__(
+        self, reads: BinaryIO, writes: BinaryIO, operations: dict[str, Callable[..., Any]], *, trusted: bool
+    ) -> None:
         self._reads, self._writes, self._operations = reads, writes, operations
         self.trusted = trusted
-        #: Why the other side cannot answer any more; it stays so, whatever the tests make of the exception.
         self.over: str | None = None
         self._own: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._foreign: dict[int, Foreign] = {}
 
     def ask(self, *question: Any) -> Any:
-        """What the other side answers; what it raises is raised here, as the nearest built-in exception."""
+        """The other side's answer; an exception there is raised here, as the nearest built-in one."""
         if self.over:
             raise Over(self.over)
         self._send({"ask": self._plain(list(question))})
@@ -121,7 +129,7 @@ class Side:
                 return self._value(message["value"])
 
     def answer_all(self) -> None:
-        """Answer until the other side ends."""
+        """Answer requests until the other side ends."""
         try:
             while True:
                 self._answer(self._receive()["ask"])
@@ -142,7 +150,7 @@ class Side:
                 args = [str(error)]
             answer = {"raised": [names, args]}
         if not self.trusted:
-            for stream in (sys.stdout, sys.stderr):  # it may be ended at once when its tests are through
+            for stream in (sys.stdout, sys.stderr):  # it may be killed as soon as its tests are done
                 try:
                     stream.flush()
                 except Exception:
@@ -160,7 +168,7 @@ class Side:
         line = self._reads.readline(LARGEST)
         if not line.endswith(b"\n"):
             raise self.ended(
-                f"it says more than {LARGEST >> 20} MB at once" if line else "it ended before its tests did"
+                f"it sent more than {LARGEST >> 20} MB at once" if line else "it ended before its tests did"
             )
         try:
             message = json.loads(line)
@@ -168,7 +176,7 @@ class Side:
                 return message
         except (ValueError, AttributeError, RecursionError):
             pass
-        raise self.ended("what it says is no answer")
+        raise self.ended("it sent no valid answer")
 
     def _exception(self, names: list[str], args: Any) -> BaseException:
         for name in names:
@@ -176,7 +184,7 @@ class Side:
             if isinstance(kind, type) and issubclass(kind, Exception):
                 try:
                     return kind(*self._value(args))
-                except TypeError:  # not made from these; the next one is more general
+                except TypeError:  # other arguments are needed; the next class is more general
                     continue
         return self.ended(f"it raised {names[0] if names else None}")
 
@@ -185,7 +193,7 @@ class Side:
         return Over(reason)
 
     def _plain(self, value: Any) -> Any:
-        """A value in JSON. Of subclasses of built-in types the built-in part counts, of NumPy's what `tolist` gives."""
+        """A value as JSON; subclasses as their built-in base, NumPy's objects as what `tolist` returns."""
         kind = type(value)
         if value is None or kind is bool:
             return value
@@ -214,18 +222,19 @@ class Side:
         if kind.__module__ == "numpy" and hasattr(value, "tolist"):
             return self._plain(value.tolist())
         if self.trusted:
-            if getattr(builtins, getattr(value, "__name__", ""), None) is value:
-                return {"builtin": value.__name__}
+            name = getattr(value, "__name__", "")
+            if getattr(builtins, name, None) is value:
+                return {"builtin": name}
             if not callable(value) and not hasattr(kind, "__iter__"):
-                raise TypeError(f"the tests hand over a value of type {kind.__name__}, which cannot be carried")
-        # Its owner keeps it alive, so that its id stays its own.
+                raise TypeError(f"the tests pass a value of type {kind.__name__}, which cannot be sent")
+        # It is kept alive here, so that its id is not used again.
         number = self._numbers.setdefault(id(value), len(self._own))
         if number == len(self._own):
             self._own.append(value)
         return {"mine": number}
 
     def _value(self, plain: Any) -> Any:
-        """The value that `_plain` put into JSON, made of this side's built-in types."""
+        """The value that `_plain` turned into JSON, made of this side's built-in types."""
         if isinstance(plain, list):
             return [self._value(item) for item in plain]
         if not isinstance(plain, dict):
@@ -252,7 +261,7 @@ class Side:
                 return getattr(builtins, content)
         except (ValueError, TypeError, LookupError):
             pass
-        raise self.ended("what it says is no value")
+        raise self.ended("it sent no valid value")
 
 
 def _call(function: Callable[..., Any], args: list[Any], named: dict[str, Any]) -> Any:
@@ -266,7 +275,7 @@ def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
     source = sys.stdin.buffer.read()
     module = type(sys)("program")
 
-    def load(mark: str, name: str) -> str:
+    def load(token: str, name: str) -> str:
         module.__name__ = name
         sys.modules[name] = module
         try:
@@ -274,7 +283,7 @@ def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
         except BaseException:
             sys.excepthook(*sys.exc_info())
             raise
-        return mark
+        return token
 
     def named(name: str) -> Any:
         if name not in module.__dict__:
@@ -302,7 +311,7 @@ def run_program(reads: BinaryIO, writes: BinaryIO) -> None:
 
 
 class Names(dict):
-    """The tests' own names; any other is Python's own where it has one, and else the program's."""
+    """The tests' own names; any other name is a built-in if there is one, and else the program's."""
 
     def __init__(self, side: Side, tests: str) -> None:
         super().__init__(__name__="tests", __builtins__=builtins)
@@ -322,10 +331,12 @@ class Names(dict):
 
 
 def free_names(tests: str) -> tuple[set[str], str | None]:
-    """Names that the tests use and do not make: those used as modules, which are imported on the tests' own side; and
-    the name of a built-in function that stands for the program's, as in `assert sum(10, 15) == 6`.
+    """Names that the tests use and do not define.
 
-    The latter only where the tests name nothing else that is not their own: what tests judge by is never the program's.
+    Returns:
+        Those used as modules, which are imported on the tests' side; and the name of a built-in function that stands
+        for the program's, as in `assert sum(10, 15) == 6`. The latter only if the tests use no other name that is not
+        their own: what tests judge by is never the program's.
     """
     import ast
     import symtable
@@ -343,12 +354,12 @@ def free_names(tests: str) -> tuple[set[str], str | None]:
 
 
 def run_tests(reads: BinaryIO, writes: BinaryIO, result: BinaryIO) -> None:
-    mark, tests = sys.stdin.buffer.read().split(b"\n", 1)
+    token, tests = sys.stdin.buffer.read().split(b"\n", 1)
     if reads.readline(LARGEST) != f"{READY}\n".encode():
         return
     result.write(f"{READY}\n".encode())
-    # Functions and iterators that tests hand over. No attributes: from a generator's they lead to its frame.
-    operations = {"call": _call, "len": len, "iter": iter, "next": next}
+    # For functions and iterators that tests pass. No attributes: those of a generator lead to its frame.
+    operations: dict[str, Callable[..., Any]] = {"call": _call, "len": len, "iter": iter, "next": next}
     side = Side(reads, writes, operations, trusted=True)
     verdict = b"failed"
     try:
@@ -362,11 +373,11 @@ def run_tests(reads: BinaryIO, writes: BinaryIO, result: BinaryIO) -> None:
         verdict = b"passed"
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    result.write(verdict + b" " + mark + b"\n")
+    result.write(verdict + b" " + token + b"\n")
     result.flush()
 
 
 if __name__ == "__main__":
     role, reading, *writing = sys.argv[1:]
-    ends = [os.fdopen(int(reading), "rb"), *(os.fdopen(int(number), "wb") for number in writing)]
+    ends: list[Any] = [os.fdopen(int(reading), "rb"), *(os.fdopen(int(number), "wb") for number in writing)]
     (run_tests if role == "tests" else run_program)(*ends)

@@ -14,7 +14,8 @@ from alps_repro.data.datasets import OFFLINE, check_dataset
 from alps_repro.data.prompts import MAX_LOST
 from alps_repro.errors import one_of
 from alps_repro.evaluation.benchmarks import check_limit, check_tasks
-from alps_repro.localization.metrics import RESULT, RESULT_METRICS, check_metric
+from alps_repro.localization.metrics import RESULT, check_metric
+from alps_repro.localization.selectors import RESULT_METRICS
 from alps_repro.models.checks import QUANTIZATIONS
 from alps_repro.settings import Settings
 from alps_repro.training.methods import METHODS, SCOPES, check_ratio, check_scope

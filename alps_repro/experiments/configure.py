@@ -17,7 +17,8 @@ from alps_repro.experiments.configs import (
     LocalizeConfig,
     RecallConfig,
 )
-from alps_repro.localization.metrics import RESULT, RESULT_METRICS
+from alps_repro.localization.metrics import RESULT
+from alps_repro.localization.selectors import RESULT_METRICS
 from alps_repro.settings import Settings
 from alps_repro.training.methods import METHODS, SCOPES
 from alps_repro.training.recipe import Recipe

@@ -63,7 +63,7 @@ from alps_repro.experiments.superseded import set_aside, set_aside_record
 from alps_repro.localization.ablation import importance
 from alps_repro.localization.recovery import COMPARED, READINGS, peaks, recall_by_metric
 from alps_repro.localization.scores import HeadScores, localize
-from alps_repro.localization.selectors import SELECTORS, model_and_batches, select_by
+from alps_repro.localization.selectors import RESULT_METRICS, model_and_batches, select_by
 from alps_repro.models.embeddings import embed, principal
 from alps_repro.models.folders import file_hashes, model_hash, resolve
 from alps_repro.models.loading import load_model
@@ -280,7 +280,7 @@ def _stored_scores(path: Path, record: LocalizeRecord) -> HeadScores | None:
 
 def _scores(config: LocalizeConfig, task: str | Path, progress: bool) -> HeadScores:
     """Score the heads: by the outputs of the model's heads where the metric is of these, else by the weights."""
-    if config.metric in SELECTORS:
+    if config.metric in RESULT_METRICS:
         on: dict[str, Any] = {"device": config.device}
         on |= {} if config.dataset is None else config.model_dump(include={"dataset", "questions", "max_lost"})
         return select_by(config.metric, config.base, task, **on, progress=progress)

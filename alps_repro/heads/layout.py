@@ -1,7 +1,7 @@
-"""Where the rows of an attention head lie, and which heads are selected.
+"""Where the rows of an attention head are, in each architecture.
 
-A projection is taken as a matrix of shape (output rows, input columns), the way `torch.nn.Linear` stores it; row
-numbers below count its outputs. Heads and key/value groups are counted from 0; query head `h` of `n` reads group
+A projection is a matrix of shape (output rows, input columns) here, as `torch.nn.Linear` stores it; row numbers below
+count its outputs. Heads and key/value groups are counted from 0; query head `h` of `n` reads group
 `h // (n / g)` of `g`.
 """
 
@@ -18,7 +18,7 @@ from alps_repro.errors import UserError
 Part = Literal["query", "key", "value"]
 PARTS: tuple[Part, ...] = ("query", "key", "value")
 
-#: What may stand between the root of a model (or of its checkpoint's tensor names) and its decoder layers.
+#: Possible paths from the root of a model (or of its checkpoint's tensor names) to its decoder layers.
 PREFIXES = (
     "",
     "model.",
@@ -36,16 +36,17 @@ PREFIXES = (
 class Architecture:
     """How one `model_type` stores its attention projections.
 
-    attention: path of a layer's attention module, with the layer's number left open.
-    projections: names of the query, key and value projection; one name thrice where they are fused.
-    order: `separate` matrices; or fused as all query rows, then key, then value rows (`stacked`); or fused group by
-        group, each group's query heads, then its key, then its value (`grouped`: GPT-NeoX's interleaving, with one
-        head a group, and all of Falcon's variants).
-    transposed: stored as (input, output), as GPT-2's `Conv1D` does.
-    output: name of the projection behind attention, whose input is the heads' results in query head order.
-    bias: whether the projections have one: always, never, or as the setting of that name in a configuration says.
-    output_bias: whether the one behind attention has one where they have.
-    norms: names of the normalizations within attention.
+    Attributes:
+        attention: path of a layer's attention module, with a placeholder for the layer's number.
+        projections: names of the query, key and value projections; three times the same name if they are fused.
+        order: `separate` matrices; or fused as all query rows, then key, then value rows (`stacked`); or fused group by
+            group, each group's query heads, then its key, then its value (`grouped`: GPT-NeoX's interleaving, with one
+            head per group, and all of Falcon's variants).
+        transposed: whether they are stored as (input, output), as in GPT-2's `Conv1D`.
+        output: name of the output projection, whose input is the per-head attention outputs in query head order.
+        bias: whether the projections have one: always, never, or as the setting of that name in a configuration says.
+        output_bias: whether the output projection has one if they have.
+        norms: names of the normalizations within attention.
     """
 
     attention: str
@@ -61,9 +62,9 @@ class Architecture:
 _SEPARATE = Architecture("layers.{}.self_attn", ("q_proj", "k_proj", "v_proj"), bias="attention_bias")
 _NORMED = replace(_SEPARATE, norms=("q_norm", "k_norm"))
 
-#: Every architecture the package knows, by the `model_type` of its configuration. To add one: check in its modelling
-#: code how the projection's output is split into heads, add a line, and add a tiny configuration to
-#: `tests/tiny_models.py`; the tests in `tests/test_heads.py` then hold it against the model's own forward pass.
+#: Every supported architecture, by the `model_type` of its configuration. To add one: check in its modelling code how
+#: the projection's output is split into heads, add a line, and add a tiny configuration to `tests/tiny_models.py`; the
+#: tests in `tests/heads/test_heads.py` then compare it with the model's own forward pass.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _SEPARATE,
     "mistral": replace(_SEPARATE, bias=False),
@@ -87,10 +88,15 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The attention geometry of a model: how many heads, and in which rows of which projection each lies.
+    """The attention geometry of a model: how many heads it has, and in which rows of which projection each one is.
 
-    architecture: the configuration's `model_type`; layers: decoder layers; heads: query heads per layer; groups:
-    key/value groups per layer; head_dim: rows of a head; hidden_size: columns of a projection.
+    Attributes:
+        architecture: the configuration's `model_type`.
+        layers: number of decoder layers.
+        heads: number of query heads per layer.
+        groups: number of key/value groups per layer.
+        head_dim: rows of a head.
+        hidden_size: columns of a projection.
     """
 
     architecture: str
@@ -113,8 +119,8 @@ class HeadLayout:
         name = getattr(config, "model_type", None)
         if name not in ARCHITECTURES:
             raise UserError(
-                f"The architecture '{name}' is not known: add where its heads lie to ARCHITECTURES in "
-                "alps_repro/heads.py (known are: " + ", ".join(sorted(ARCHITECTURES)) + ")."
+                f"The architecture '{name}' is not known: add where its heads are to ARCHITECTURES in "
+                "alps_repro/heads/layout.py (known are: " + ", ".join(sorted(ARCHITECTURES)) + ")."
             )
         heads = config.num_attention_heads
         if name == "falcon":
@@ -188,8 +194,8 @@ class HeadLayout:
     def output_module(self, layer: int) -> str:
         """Path of the projection behind the attention of `layer`, from the decoder (see `PREFIXES`).
 
-        Its input (..., heads · head_dim) holds the heads' results one after the other in query head order: head `h`
-        lies at `h · head_dim` to `(h + 1) · head_dim`.
+        Its input (..., heads · head_dim) is the concatenation of the per-head outputs in query head order: head `h`
+        is at `h · head_dim` to `(h + 1) · head_dim`.
         """
         architecture = ARCHITECTURES[self.architecture]
         return f"{architecture.attention.format(layer)}.{architecture.output}"
@@ -228,29 +234,29 @@ class HeadLayout:
         return np.concatenate([np.asarray(self.rows(part, i)) for i in range(count)])
 
     def prefix(self, names: Iterable[str]) -> str:
-        """Which of `PREFIXES` stands before the decoder layers in these module or tensor names.
+        """The one of `PREFIXES` that precedes the decoder layers in these module or tensor names.
 
         Raises:
             UserError: none or more than one fits.
         """
         names = set(names)
         first = self.module(0, "query")
-        found = [p for p in PREFIXES if f"{p}{first}" in names or f"{p}{first}.weight" in names]
-        if len(found) != 1:
+        fitting = [p for p in PREFIXES if f"{p}{first}" in names or f"{p}{first}.weight" in names]
+        if len(fitting) != 1:
             raise UserError(
-                f"'{first}.weight' was found {len(found)} times in this {self.architecture} model, and must be there "
+                f"'{first}.weight' was found {len(fitting)} times in this {self.architecture} model, and must be there "
                 "exactly once for its heads to be located: use a complete checkpoint of the architecture that its "
                 "config.json names."
             )
-        return found[0]
+        return fitting[0]
 
     def selected_rows(self, heads: Iterable[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """The rows that training these heads touches: {projection path: sorted int64 row numbers}.
+        """The rows that are trained with these heads: {projection path: sorted int64 row numbers}.
 
         A key/value group is taken once, however many of its heads are selected.
         """
         rows: dict[str, set[int]] = {}
         for layer, head in heads:
-            for part, index in (("query", head), ("key", self.group(head)), ("value", self.group(head))):
+            for part, index in zip(PARTS, (head, self.group(head), self.group(head))):
                 rows.setdefault(self.module(layer, part), set()).update(self.rows(part, index))
         return {module: np.array(sorted(r), dtype=np.int64) for module, r in sorted(rows.items())}

@@ -37,7 +37,7 @@ class HeadSelection:
     def __post_init__(self) -> None:
         heads = []
         if not isinstance(self.heads, Iterable):
-            raise UserError(f"{self.heads!r} is no list of heads: give (layer, head) pairs, counted from 0.")
+            raise UserError(f"{self.heads!r} is not a list of heads: give (layer, head) pairs, counted from 0.")
         for pair in self.heads:
             try:
                 layer, head = (operator.index(i) for i in pair)
@@ -64,15 +64,15 @@ class HeadSelection:
 
     @classmethod
     def random(cls, layout: HeadLayout, ratio: float, seed: int) -> HeadSelection:
-        """`ceil(ratio · total)` heads drawn without replacement from the whole model (the paper's `random`)."""
+        """`ceil(ratio · total)` randomly selected heads of the whole model (the paper's `random`)."""
         drawn = np.random.default_rng(seed).choice(layout.total, head_count(ratio, layout.total), replace=False)
         return cls(tuple(divmod(int(i), layout.heads) for i in drawn), layout)
 
     @classmethod
     def layer_consistent(cls, layout: HeadLayout, ratio: float, seed: int) -> HeadSelection:
-        """`ceil(ratio · heads)` heads drawn in every layer (the paper's LC).
+        """`ceil(ratio · heads)` randomly selected heads in every layer (the paper's LC).
 
-        The same number in every layer cannot always be `ratio` of the model: with 9 heads a layer, 10 % is 1 of 9.
+        The same number in every layer cannot always be `ratio` of the model: with 9 heads per layer, 10 % is 1 of 9.
         """
         draw = np.random.default_rng(seed)
         count = head_count(ratio, layout.heads)

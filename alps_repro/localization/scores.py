@@ -1,8 +1,8 @@
-"""How much each attention head moved between a base model and a task model (ALPS, sections 3.2 and 3.3).
+"""How much each attention head changed between a base model and a task model (ALPS, sections 3.2 and 3.3).
 
 A head's matrix is made of its query, key and value rows (`head_matrix`), turned into a distribution by a softmax
 (Eq. 6), and compared between the two models by a distance (`metric`; the paper's s_PAD is `pad`, Eq. 7).
-Everything is computed in float64. `docs/deviations.md` says where paper and released code differ.
+Everything is computed in float64. `docs/deviations.md` lists differences between paper and authors' implementation.
 """
 
 from __future__ import annotations
@@ -17,25 +17,37 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alps_repro.errors import UserError
-from alps_repro.heads.layout import PARTS, HeadLayout
+from alps_repro.heads.layout import PARTS, HeadLayout, Part
 from alps_repro.heads.selection import HeadSelection, head_count
-from alps_repro.localization.metrics import RESULT, Scratch, block, check_metric, join, middle, product
+from alps_repro.localization.metrics import RESULT, Metric, Scratch, block, check_metric, join, middle, product
 from alps_repro.models.attention import Attention, open_attention
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Layers that are read and scored at the same time, at most.
+    Rows = dict[Part, torch.Tensor]
+
+#: Maximal number of layers that are read and scored at the same time.
 THREADS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
-    """One score per query head; higher means moved further from the base.
+    """One score per query head; higher means a larger change from the base.
 
-    values: float64, (layers, heads). compared_in: the coarser dtype that both models were rounded to (several where
-    tensors differ), or None where they were compared as stored. The other fields say how it was computed.
+    Attributes:
+        values: float64, (layers, heads).
+        layout: of both models.
+        base: name of the base model.
+        task: name of the task model.
+        metric: as `localize` takes it.
+        head_matrix: as `localize` takes it; `metrics.RESULT` for scores of per-head attention outputs.
+        tau: as `localize` takes it.
+        ground: as `localize` takes it.
+        compared_in: the coarser dtype to which both models were rounded (several if it differs between tensors), or
+            None if they were compared as stored.
     """
 
     values: np.ndarray
@@ -54,7 +66,7 @@ class HeadScores:
         return HeadSelection(tuple(divmod(int(i), self.layout.heads) for i in flat), self.layout)
 
     def _tie(self, order: np.ndarray, ratio: float) -> str | None:
-        """What is to be said where some of the heads that share a score are selected, and others are not."""
+        """A phrase if only some of the heads with the same score are selected, else None."""
         count = head_count(ratio, self.values.size)
         last = np.argsort(order, axis=None, kind="stable")[count - 1]
         edge = order.flat[last]
@@ -64,8 +76,8 @@ class HeadScores:
     def _selected(self, order: np.ndarray, ratio: float) -> HeadSelection:
         if tie := self._tie(order, ratio):
             warnings.warn(
-                f"The selection of {ratio:.4g} of the heads by '{self.metric}' ends among {tie}: which of these are "
-                "taken is by their number alone.",
+                f"The selection of {ratio:.4g} of the heads by '{self.metric}' ends among {tie}: these are "
+                "selected in the order of their numbers.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -74,7 +86,7 @@ class HeadScores:
     def top(self, ratio: float) -> HeadSelection:
         """The `ceil(ratio · total)` highest heads; ties go to the lower layer, then head (Algorithm 1).
 
-        Warns where the last of them ties with a head that is left out, as all heads do that did not change (score 0).
+        Warns if the last of them ties with a head that is left out, as unchanged heads do (score 0).
         """
         return self._selected(-self.values, ratio)
 
@@ -83,15 +95,15 @@ class HeadScores:
         return self._selected(self.values, ratio)
 
     def checked(self) -> HeadScores:
-        """Itself.
+        """These scores.
 
         Raises:
-            UserError: no head scores differently from another, so that there is nothing to select by.
+            UserError: all heads have the same score, so that none can be selected.
         """
         if not self.values.any() and self.head_matrix != RESULT:
             rounded = f" (in {self.compared_in})" if self.compared_in else ""
             raise UserError(
-                f"No head of '{self.task}' differs from '{self.base}'{rounded}: name the model that was tuned, with "
+                f"No head of '{self.task}' differs from '{self.base}'{rounded}: name the tuned model, with "
                 "trained attention."
             )
         if self.values.size > 1 and np.ptp(self.values) == 0:
@@ -127,7 +139,7 @@ class HeadScores:
         return scores
 
     def heatmap(self, ratio: float = 0.1) -> Figure:
-        """Scores as a picture, layers from the bottom up, with the heads that `top(ratio)` selects marked."""
+        """Scores as a heat map, layers from the bottom up, with the heads that `top(ratio)` selects marked."""
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
@@ -135,25 +147,15 @@ class HeadScores:
         cell = min(0.26, 7.0 / max(layers, heads))
         figure = Figure(figsize=(heads * cell + 2.6, layers * cell + 1.3), layout="constrained")
         axes = figure.add_subplot()
-        # A few heads move a hundred times further than the rest, so colours are spaced by ratio, and a few hardly move
-        # at all, so the lowest fortieth shares one colour; zeros stay grey.
+        # A few heads change a hundred times more than the rest, so the colour scale is logarithmic; a few hardly change
+        # at all, so the lowest fortieth shares one colour. Zeros stay grey.
         axes.set_facecolor("0.85")
         shown = np.ma.masked_less_equal(self.values, 0)
         norm = None
         if shown.count():
             norm = LogNorm(np.percentile(shown.compressed(), 2.5), shown.max(), clip=True)
         image = axes.imshow(shown, origin="lower", cmap="cividis", norm=norm, aspect="equal", interpolation="nearest")
-        chosen, tie = np.array(self._ranked(-self.values, ratio).heads), self._tie(-self.values, ratio)
-        axes.scatter(
-            chosen[:, 1],
-            chosen[:, 0],
-            s=(cell * 72 * 0.36) ** 2,
-            marker="o",
-            facecolors="none",
-            edgecolors="#d62728",
-            linewidths=1.4,
-            label=f"top {ratio:.0%} ({len(chosen)} heads)" + (f",\nending among {tie}" if tie else ""),
-        )
+        self._mark(axes, ratio, size=(cell * 72 * 0.36) ** 2)
         axes.set_xlabel("query head")
         axes.set_ylabel("layer")
         axes.set_xticks(range(0, heads, 1 if heads <= 12 else 4))
@@ -164,6 +166,20 @@ class HeadScores:
         bar.set_label(f"{self.metric} ({self.head_matrix}){compared}")
         figure.legend(loc="outside lower center", frameon=False, fontsize=9)
         return figure
+
+    def _mark(self, axes: Axes, ratio: float, size: float) -> None:
+        """Circles around the selected heads; size: of a circle, in square points."""
+        chosen, tie = np.array(self._ranked(-self.values, ratio).heads), self._tie(-self.values, ratio)
+        axes.scatter(
+            chosen[:, 1],
+            chosen[:, 0],
+            s=size,
+            marker="o",
+            facecolors="none",
+            edgecolors="#d62728",
+            linewidths=1.4,
+            label=f"top {ratio:.0%} ({len(chosen)} heads)" + (f",\nending among {tie}" if tie else ""),
+        )
 
 
 def _check_pair(base: Attention, task: Attention) -> None:
@@ -176,7 +192,7 @@ def _check_pair(base: Attention, task: Attention) -> None:
 
 
 def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """Of two dtypes the one with fewer digits; float16 has more than bfloat16."""
+    """The less precise of two dtypes; float16 is more precise than bfloat16."""
     import torch
 
     return max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
@@ -185,16 +201,15 @@ def _coarser(one: torch.dtype, other: torch.dtype) -> torch.dtype:
 def _rounded(
     base: torch.Tensor, task: torch.Tensor, stored: tuple[torch.dtype, torch.dtype]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both sides in the coarser of the two dtypes that they are stored in: the same where only rounding made a
-    difference."""
+    """Both sides in the coarser of the two dtypes in which they are stored, equal if they differ by rounding alone."""
     import torch
 
     if set(stored) != {torch.float16, torch.bfloat16}:
         coarse = _coarser(*stored)
         highest = torch.finfo(coarse).max
-        return tuple(side.clamp(-highest, highest).to(coarse) for side in (base, task))
-    # float16 has more digits, bfloat16 more range below: small numbers are rounded to float16, all to bfloat16. A
-    # number that lies half way between two others may have been rounded to either of them before.
+        return base.clamp(-highest, highest).to(coarse), task.clamp(-highest, highest).to(coarse)
+    # float16 has more digits, bfloat16 a wider range: small numbers are rounded to float16, all to bfloat16. A number
+    # half way between two others may have been rounded to either of them before.
     half, brain = (base, task) if stored[0] == torch.float16 else (task, base)
     half, brain = half.half().double(), brain.bfloat16().double()
 
@@ -217,19 +232,24 @@ def localize(
     ground: str = "position",
     progress: bool = False,
 ) -> HeadScores:
-    """Score every query head by how far it moved from `base` to `task`.
+    """Score every query head by how much it changed from `base` to `task`.
 
-    base, task: a checkpoint folder (one or many safetensors shards), a hub id, the embedded model's name, or a loaded
-        model; `task` may be the folder of a saved ALPS adapter. Folders are read tensor by tensor: no model is built,
-        and memory stays at a few layers' projections.
-    metric: one of `METRICS`. head_matrix: `product` (Eq. 5), `concat`, `released`. tau: softmax temperature (Eq. 6).
-    ground: for `pad`, where the probabilities lie: at the `position` of their entry (as in the released code), or
-        at their own `value`.
-    progress: show a bar, one step a layer.
+    If a projection is stored in different dtypes, both sides are rounded to the coarser one first, with a warning:
+    rounding in storage is not a change by training. (An adapter's rows are compared as they are, among its base's own.)
 
-    Where a projection is stored in different dtypes, both sides are rounded to the coarser one first, with a warning:
-    what a stored model lost by rounding is no training. (An adapter's rows are compared as they are: around them lie
-    its base's own.)
+    Args:
+        base: a checkpoint folder (one or many safetensors shards), a hub id, the embedded model's name, or a loaded
+            model. Folders are read tensor by tensor: no model is built, and memory use is a few layers' projections.
+        task: as `base`, or the folder of a saved ALPS adapter.
+        metric: one of `METRICS`.
+        head_matrix: `product` (Eq. 5), `concat`, `released`.
+        tau: softmax temperature (Eq. 6).
+        ground: for `pad`, where the probabilities lie: at the `position` of their entry (as in the authors'
+            implementation), or at their own `value`.
+        progress: show a bar, one step per layer.
+
+    Returns:
+        The scores, float64.
 
     Raises:
         UserError: a name leads nowhere, the two models do not match, no head differs, or weights are NaN, missing or
@@ -238,46 +258,20 @@ def localize(
     import torch
     from tqdm.auto import tqdm
 
-    distance = check_metric(metric, head_matrix, tau, ground)
+    scorer = _Scorer(check_metric(metric, head_matrix, tau, ground), head_matrix, tau)
     # Each thread reads and scores layers of its own, computing alone: a head is too small to be worth splitting. Few
     # threads, so that few layers are in memory.
     threads = min(torch.get_num_threads(), THREADS)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     with open_attention(base) as b, open_attention(task) as t, pool:
         _check_pair(b, t)
-        layout, scratch = b.layout, Scratch()
-        differing: set[tuple[torch.dtype, torch.dtype]] = set()
-
-        @torch.no_grad()
-        def score(layer: int) -> list[float]:
-            sides = b.layer(layer), t.layer(layer)
-            kinds = b.stored(layer), t.stored(layer)
-            for part in PARTS:
-                stored = kinds[0][part], kinds[1][part]
-                if stored[0] != stored[1]:
-                    differing.add(stored)
-                    sides[0][part], sides[1][part] = _rounded(sides[0][part], sides[1][part], stored)
-            scores: list[float] = []
-            for head in range(layout.heads):
-                if head_matrix == "product":
-                    if head % layout.heads_per_group == 0:
-                        middles = [middle(rows, layout.group(head), layout, scratch) for rows in sides]
-                    pairs = zip(("base", "task"), sides, middles)
-                    matrices = [product(block(r["query"], head, layout), m, scratch, name) for name, r, m in pairs]
-                else:
-                    size = 3 * layout.head_dim * layout.hidden_size
-                    pairs = zip(("base", "task"), sides)
-                    matrices = [join(r, head, layout, head_matrix, scratch(name, size)) for name, r in pairs]
-                scores.append(distance(*matrices, tau))
-            return scores
-
-        # Where two threads make a process's first product and exponentials at the same time, these now and then come
-        # out in another rounding than all later ones: so they are made here, alone, and thrown away.
+        # If two threads make a process's first product and exponentials at the same time, these are sometimes rounded
+        # differently from all later ones: so they are made here, alone, and discarded.
         first = torch.ones(64, 64, dtype=torch.float64)
         torch.mm(first, first).exp_().cumsum_(0)
-        layers = pool.map(score, range(layout.layers))
-        values = np.array(list(tqdm(layers, desc="scoring layers", total=layout.layers, disable=not progress)))
-        named = sorted([str(dtype).removeprefix("torch.") for dtype in (*s, _coarser(*s))] for s in differing)
+        layers = pool.map(lambda layer: scorer.layer(b, t, layer), range(b.layout.layers))
+        values = np.array(list(tqdm(layers, desc="scoring layers", total=b.layout.layers, disable=not progress)))
+        named = sorted([str(dtype).removeprefix("torch.") for dtype in (*s, _coarser(*s))] for s in scorer.differing)
         for kept_in, tuned_in, coarser in named:
             warnings.warn(
                 f"'{b.source}' is stored in {kept_in} and '{t.source}' in {tuned_in}: both are compared in {coarser}, "
@@ -287,5 +281,57 @@ def localize(
             )
         compared = ", ".join(sorted({coarser for *_, coarser in named})) or None
         return HeadScores(
-            values, layout, b.source, t.source, metric, head_matrix, float(tau), ground, compared
+            values, b.layout, b.source, t.source, metric, head_matrix, float(tau), ground, compared
         ).checked()
+
+
+class _Scorer:
+    """Scores layers, in several threads at a time.
+
+    Attributes:
+        differing: pairs of dtypes in which a projection was stored, where base and task differ.
+    """
+
+    def __init__(self, distance: Metric, head_matrix: str, tau: float) -> None:
+        self.distance, self.head_matrix, self.tau = distance, head_matrix, tau
+        self.scratch = Scratch()
+        self.differing: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def layer(self, base: Attention, task: Attention, layer: int) -> list[float]:
+        """The score of each head of a layer."""
+        import torch
+
+        with torch.no_grad():
+            ours, theirs = self._read(base, task, layer)
+            layout, tau = base.layout, self.tau
+            if self.head_matrix != "product":
+                size = 3 * layout.head_dim * layout.hidden_size
+                return [
+                    self.distance(
+                        join(ours, head, layout, self.head_matrix, self.scratch("base", size)),
+                        join(theirs, head, layout, self.head_matrix, self.scratch("task", size)),
+                        tau,
+                    )
+                    for head in range(layout.heads)
+                ]
+            scores: list[float] = []
+            for group in range(layout.groups):
+                middles = [middle(rows, group, layout, self.scratch) for rows in (ours, theirs)]
+                for head in range(group * layout.heads_per_group, (group + 1) * layout.heads_per_group):
+                    matrices = (
+                        product(block(rows["query"], head, layout), own, self.scratch, name)
+                        for name, rows, own in zip(("base", "task"), (ours, theirs), middles)
+                    )
+                    scores.append(self.distance(next(matrices), next(matrices), tau))
+            return scores
+
+    def _read(self, base: Attention, task: Attention, layer: int) -> tuple[Rows, Rows]:
+        """A layer's rows of both models, rounded to the coarser dtype where they are stored in different ones."""
+        ours, theirs = base.layer(layer), task.layer(layer)
+        kept, tuned = base.stored(layer), task.stored(layer)
+        for part in PARTS:
+            stored = kept[part], tuned[part]
+            if stored[0] != stored[1]:
+                self.differing.add(stored)
+                ours[part], theirs[part] = _rounded(ours[part], theirs[part], stored)
+        return ours, theirs

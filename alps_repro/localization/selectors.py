@@ -1,4 +1,4 @@
-"""Head scores from other sources than the distance of two models' weights: what other systems choose heads by."""
+"""Head scores other than distances between two models' weights: those by which other systems choose heads."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from alps_repro.models.folders import is_adapter, load_config, resolve
 from alps_repro.models.loading import load_model
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
-#: Tokens of an example that heads are chosen by, where the model has the positions.
+#: Maximal tokens of an example that heads are chosen by, if the model has as many positions.
 MAX_LENGTH = 2048
 
 
@@ -35,9 +35,15 @@ def batches(
     max_length: int = MAX_LENGTH,
     max_lost: float = MAX_LOST,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Batches of validation examples, and their hash; of a hub data set, of its first training examples.
+    """Batches of validation examples, and their hash; of a hub data set, of training examples.
 
-    max_lost: share of them that may be cut at `max_length` tokens, dropped or empty.
+    Args:
+        dataset: a name in `data.datasets.DATASETS`.
+        questions: number of examples.
+        tokenizer: the model's.
+        size: examples per batch.
+        max_length: in tokens, at which examples are truncated.
+        max_lost: share of them that may be truncated, dropped or empty.
     """
     from datasets import Dataset
 
@@ -52,14 +58,24 @@ def batches(
 
 
 def scale_norm(base: str | Path, task: str | Path, **_: Any) -> np.ndarray:
-    """LoFiT's: the norms of scales that were learned; `task` is the folder of their adapter."""
+    """LoFiT's score: the norms of learned scales, float64 (layers, heads).
+
+    Args:
+        base: the model that they were trained on.
+        task: folder of their adapter.
+
+    Raises:
+        UserError: `task` is no adapter, or one without scales of all heads.
+    """
     from safetensors.torch import load_file
 
     from alps_repro.tuner.lofit import norms
 
     folder = resolve(task)
     if not is_adapter(folder):
-        raise UserError(f"'{task}' is no adapter: train LoFiT's scales (method lofit_scales) and name their folder.")
+        raise UserError(
+            f"'{task}' is not an adapter: train LoFiT's scales (method lofit_scales) and name their folder."
+        )
     return norms(load_file(folder / "adapter_model.safetensors"), HeadLayout.of(load_config(resolve(base))))
 
 
@@ -71,10 +87,16 @@ def model_and_batches(
     size: int = 16,
     max_lost: float = MAX_LOST,
     device: str = "auto",
-) -> tuple[torch.nn.Module, list[dict[str, Any]], str]:
+) -> tuple[PreTrainedModel, list[dict[str, Any]], str]:
     """A stored model in float32, the batches of a data set that its heads are scored on, and their hash.
 
-    max_lost: as in `batches`. device: of `devices.DEVICES`.
+    Args:
+        folder: of the model, or its name.
+        dataset: as in `batches`.
+        questions: as in `batches`.
+        size: as in `batches`.
+        max_lost: as in `batches`.
+        device: of `devices.DEVICES`.
     """
     import torch
 
@@ -84,34 +106,51 @@ def model_and_batches(
 
 
 def importance_of(base: str | Path, task: str | Path, *, progress: bool = False, **examples: Any) -> np.ndarray:
-    """Eq. 3's: what the task model loses on examples with each head zero-ablated, nats a token.
+    """Eq. 3's score: the increase in the task model's loss (nats per loss token) with each head zero-ablated.
 
-    examples: as `model_and_batches` takes them.
+    Args:
+        base: not used.
+        task: the task model.
+        progress: show a bar.
+        examples: as `model_and_batches` takes them.
     """
     model, data, _ = model_and_batches(task, **examples)
     return importance(model, data, progress=progress)
 
 
 def richness_of(base: str | Path, task: str | Path, *, progress: bool = False, **examples: Any) -> np.ndarray:
-    """HiFi's: of the base's own per-head attention outputs on examples, as `model_and_batches` takes them."""
+    """HiFi's score, of the base's per-head attention outputs.
+
+    Args:
+        base: the model that is run.
+        task: not used.
+        progress: show a bar.
+        examples: as `model_and_batches` takes them.
+    """
     model, data, _ = model_and_batches(base, **examples)
     return hifi(model, data, progress=progress)
 
 
-#: By the names of `scores.RESULT_METRICS`.
-SELECTORS: dict[str, Callable[..., np.ndarray]] = {
+#: Every metric of per-head attention outputs, in place of a head matrix: {name: function of base and task model}.
+RESULT_METRICS: dict[str, Callable[..., np.ndarray]] = {
     "scale_norm": scale_norm,
     "importance": importance_of,
     "hifi": richness_of,
 }
 
 
-def select_by(metric: str, base: str | Path, task: str | Path, **asked: Any) -> HeadScores:
-    """Scores by one of `SELECTORS`; `task`, and what is `asked`, as the selector takes it.
+def select_by(metric: str, base: str | Path, task: str | Path, **settings: Any) -> HeadScores:
+    """Head scores by a metric of per-head attention outputs.
+
+    Args:
+        metric: of `RESULT_METRICS`.
+        base: the base model.
+        task: the task model, or an adapter, as the metric's function takes it.
+        settings: as the metric's function takes them.
 
     Raises:
-        UserError: as the selector raises it, or all heads score the same.
+        UserError: as the metric's function raises it, or all heads score the same.
     """
-    values = SELECTORS[metric](base, task, **asked)
+    values = RESULT_METRICS[metric](base, task, **settings)
     layout = HeadLayout.of(load_config(resolve(base)))
     return HeadScores(values, layout, str(base), str(task), metric, RESULT).checked()

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 class Attention:
     """Read access to the attention projections of one model.
 
-    projections: paths as `HeadLayout.module` gives them -> tensors (outputs, inputs) in the stored dtype.
-    source: what the model was named. dtypes: paths -> the dtypes that they are stored in; with an adapter, those of
-        its base, whose other rows are left as they are.
+    Attributes:
+        layout: of the model.
+        projections: paths as `HeadLayout.module` returns them -> tensors (outputs, inputs) in the stored dtype.
+        source: the name by which the model was given.
+        dtypes: paths -> the dtypes in which they are stored; with an adapter, its base's, whose other rows stay as they
+            are.
     """
 
     layout: HeadLayout
@@ -35,12 +38,16 @@ class Attention:
     dtypes: Callable[[Sequence[str]], dict[str, torch.dtype]]
 
     def stored(self, layer: int) -> dict[Part, torch.dtype]:
-        """The dtypes that the query, key and value rows of a layer are stored in."""
-        found = self.dtypes(self.layout.modules(layer))
-        return {part: found[self.layout.module(layer, part)] for part in PARTS}
+        """The dtypes in which the query, key and value rows of a layer are stored."""
+        dtypes = self.dtypes(self.layout.modules(layer))
+        return {part: dtypes[self.layout.module(layer, part)] for part in PARTS}
 
     def layer(self, layer: int) -> dict[Part, torch.Tensor]:
-        """The query, key and value rows of a layer in head (group) order, each (rows, hidden size), on the CPU."""
+        """The query, key and value rows of a layer in head (group) order, each (rows, hidden size), on the CPU.
+
+        Raises:
+            UserError: they have another shape than the configuration says, or are not finite.
+        """
         import torch
 
         layout = self.layout
@@ -55,9 +62,9 @@ class Attention:
                     "as its configuration says: the checkpoint and its config.json do not belong together."
                 )
             rows = layout.split(part)
-            own = rows[0] + len(rows) == rows[-1] + 1  # one block: a view, not a copy
+            own = rows[0] + len(rows) == rows[-1] + 1  # one contiguous block: a view, not a copy
             out[part] = weight[rows[0] : rows[-1] + 1] if own else weight[torch.from_numpy(rows)]
-            # NaN and infinity do not leave a sum, which is quicker to take than a look at every weight.
+            # NaN and infinity carry over to a sum, which is faster than a check of every weight.
             if not torch.isfinite(out[part].sum()) and not torch.isfinite(out[part]).all():
                 raise UserError(
                     f"'{layout.module(layer, part)}' of {self.source} holds NaN or infinite weights: the model is "
@@ -70,7 +77,16 @@ class Attention:
 def open_attention(source: Any) -> Iterator[Attention]:
     """Open a model's attention projections for reading: a folder, hub id or adapter by name, or a loaded model.
 
-    From folders one tensor at a time is read; nothing else is held.
+    Folders are read tensor by tensor; nothing else is kept in memory.
+
+    Args:
+        source: the name, or a loaded model.
+
+    Yields:
+        Access to them, within the context.
+
+    Raises:
+        UserError: the name leads nowhere, or its weights are not readable or not those of its configuration.
     """
     if not isinstance(source, (str, Path)):
         yield _from_model(source)
@@ -101,14 +117,14 @@ def _from_model(model: Any) -> Attention:
         inner = getattr(module, "base_layer", module)
         if inner is not module and not (module.merged or module.disable_adapters):
             raise UserError(
-                f"'{path}' carries an adapter that is not ALPS, whose part of the weights would be left out: call "
+                f"'{path}' has an adapter other than ALPS, whose part of the weights would be left out: call "
                 "merge_and_unload() on the model first."
             )
         return dense_weight(inner)
 
     def dtype(path: str) -> torch.dtype:
         module = modules[prefix + path]
-        # Of quantized weights: what they are computed with.
+        # For quantized weights the dtype of computation.
         return dense_weight(getattr(module, "base_layer", module)).dtype
 
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -144,11 +160,11 @@ def _from_folder(folder: Path, source: str) -> Attention:
     opened = Opened(folder)
 
     def projections(paths: Sequence[str]) -> dict[str, torch.Tensor]:
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         names = {path: f"{prefix}{path}.weight" for path in paths}
         lacking = [name for name in names.values() if name not in where]
         if lacking:
-            raise UserError(f"'{source}' lacks the tensor '{lacking[0]}': the checkpoint is not complete.")
+            raise UserError(f"'{source}' lacks the tensor '{lacking[0]}': the checkpoint is incomplete.")
         for file_name in dict.fromkeys(where[name] for name in names.values()):
             try:
                 out |= opened.read(file_name, {p: name for p, name in names.items() if where[name] == file_name})
@@ -173,19 +189,19 @@ def _from_folder(folder: Path, source: str) -> Attention:
 
 
 def _check_attention(layout: HeadLayout, config: Any, prefix: str, where: dict[str, str], source: str) -> None:
-    """Refuse tensors that the attention of such a model does not have, such as scales or biases, and layers too many.
+    """Refuse surplus layers, and attention tensors that such a model does not have, such as scales or biases.
 
-    No model is built for it: `load_model` looks at all tensors, and here only attention is read.
+    No model is built: `load_model` checks all tensors, and here only attention is read.
     """
     text = config.get_text_config()
     before = prefix + layout.module(0, "query").partition("0.")[0]
     attention = "." + layout.output_module(0).split(".")[-2] + "."
     refused = []
     for tensor in where:
-        found = re.match(re.escape(before) + r"(\d+)(\..*)", tensor)
-        if not found or is_extra(tensor, config):
+        match = re.match(re.escape(before) + r"(\d+)(\..*)", tensor)
+        if not match or is_extra(tensor, config):
             continue
-        layer, rest = int(found[1]), found[2]
+        layer, rest = int(match[1]), match[2]
         if layer >= layout.layers or (
             rest.startswith(attention) and tensor.removeprefix(prefix) not in layout.tensors(layer, text)
         ):
@@ -203,7 +219,7 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
     try:
         config = AlpsConfig.from_pretrained(str(folder))
         stored = load_file(folder / "adapter_model.safetensors")
-    except Exception as error:  # peft and its configurations raise what their fields do
+    except Exception as error:  # peft's configurations have no common base class of errors
         raise UserError(
             f"'{source}' is not a readable ALPS adapter ({first_line(error)}): save the adapter again."
         ) from error
@@ -225,8 +241,12 @@ def _with_adapter(base: Attention, folder: Path, source: str) -> Attention:
         if path not in rows:
             return weight
         own = next((value for name, value in stored.items() if name.endswith(f".{path}.{ROWS}")), None)
-        fits = own is not None and own.is_floating_point() and own.dtype.itemsize > 1
-        if not fits or own.shape != (len(rows[path]), weight.shape[1]):
+        if (
+            own is None
+            or not own.is_floating_point()
+            or own.dtype.itemsize <= 1
+            or own.shape != (len(rows[path]), weight.shape[1])
+        ):
             raise UserError(
                 f"The adapter '{source}' does not fit its base '{base.source}' at '{path}': check "
                 "base_model_name_or_path in its adapter_config.json, or save the adapter again."

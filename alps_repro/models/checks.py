@@ -1,4 +1,4 @@
-"""Whether what a model's folder holds is what its configuration says."""
+"""Checks that a model's folder holds what its configuration says."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from alps_repro.errors import UserError
 from alps_repro.models.files import PLAIN, Opened
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
 QUANTIZATIONS = ("none", "8bit", "4bit")
 
-#: What a checkpoint may hold beside the tensors of its model, by patterns of names; nothing that a model of text
-#: computes depends on it. (Tied heads and layers for multi-token prediction are known by the configuration, too.)
+#: Patterns of tensors that a checkpoint may hold besides its model's; no computation of a text model depends on them.
+#: (Tied heads and layers for multi-token prediction follow from the configuration, too.)
 EXTRAS = {
     "rotary frequencies": r"(^|\.)(maybe_)?rotary(_emb)?(_local)?\.(original_)?inv_freq$",
     "causal masks": r"(^|\.)(attn|attention|crossattention)\.(masked_)?bias$",
@@ -26,15 +26,15 @@ EXTRAS = {
 }
 FREQUENCIES = EXTRAS["rotary frequencies"]
 
-#: Files that a tokenizer's vocabulary may be in. Without one of them transformers makes up an empty tokenizer.
+#: Files that may contain a tokenizer's vocabulary. Without any, transformers creates an empty tokenizer.
 VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 
-#: Stands for a picture: Gemma 3's text models come with the tokenizer of its models of pictures, one token too long.
+#: Gemma 3's text models come with the tokenizer of its multimodal models, which has this one token for images.
 PICTURE = "<image_soft_token>"
 
 
 def check_kind(config: Any, name: str | Path) -> None:
-    """Refuse what is no causal language model, such as LLaVA, whose language model is a part of it."""
+    """Raise `UserError` unless a model is a causal language model (LLaVA is not: its language model is a part)."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -49,18 +49,18 @@ def check_kind(config: Any, name: str | Path) -> None:
 
 
 def stored_quantization(config: Any) -> dict[str, Any]:
-    """The settings of the quantization that a checkpoint is stored in; empty where it is not."""
+    """The quantization settings of a checkpoint that is stored quantized; empty for others."""
     for own in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
-            found = getattr(own, key, None)
-            found = found.to_dict() if hasattr(found, "to_dict") else found
-            if found:
-                return dict(found) if isinstance(found, dict) else {"quant_method": found}
+            settings: Any = getattr(own, key, None)
+            settings = settings.to_dict() if hasattr(settings, "to_dict") else settings
+            if settings:
+                return dict(settings) if isinstance(settings, dict) else {"quant_method": settings}
     return {}
 
 
 def quantized_as(stored: dict[str, Any]) -> str:
-    """What a stored quantization is called: one of `QUANTIZATIONS` where it is what `load_model` makes."""
+    """The name of a stored quantization: one of `QUANTIZATIONS` if `load_model` would quantize in the same way."""
     if stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type", "fp4") == "nf4":
         return "4bit"
     if stored.get("load_in_4bit"):
@@ -69,31 +69,31 @@ def quantized_as(stored: dict[str, Any]) -> str:
 
 
 def check_stored_quantization(config: Any, quantization: str, name: str | Path) -> bool:
-    """Whether the checkpoint is stored in the quantization that was asked for; `UserError` where in another."""
+    """Whether the checkpoint is stored in the requested quantization; `UserError` if it is stored in another."""
     stored = stored_quantization(config)
     if stored and (kind := quantized_as(stored)) != quantization:
         raise UserError(
-            f"'{name}' is stored in {kind} (quantization_config in its config.json), and was asked for in quantization "
-            f"'{quantization}': "
+            f"'{name}' is stored in {kind} (quantization_config in its config.json), and quantization "
+            f"'{quantization}' was requested: "
             + (f"ask for '{kind}'" if kind in QUANTIZATIONS else "use a checkpoint that is not quantized")
-            + ", since what was rounded away cannot be had back."
+            + ", since rounding cannot be undone."
         )
     return bool(stored)
 
 
 def stored_dtypes(folder: Path, where: dict[str, str]) -> dict[str, str]:
-    """{tensor name: its dtype as safetensors calls it}, from the heads of the files."""
+    """{tensor name: its dtype as safetensors calls it}, from the files' headers."""
     from safetensors import safe_open
 
-    found = {}
+    dtypes: dict[str, str] = {}
     for name in dict.fromkeys(where.values()):
         with safe_open(folder / name, "pt") as file:
-            found |= {tensor: file.get_slice(tensor).get_dtype() for tensor in file.keys()}  # noqa: SIM118
-    return found
+            dtypes |= {tensor: file.get_slice(tensor).get_dtype() for tensor in file.keys()}  # noqa: SIM118
+    return dtypes
 
 
 def check_dtypes(dtypes: dict[str, str], config: Any, name: str | Path) -> None:
-    """Refuse weights that mean nothing by themselves; transformers would take them for what they are scaled by."""
+    """Raise `UserError` for weights that need scales to be read; transformers would take them as they are."""
     if stored_quantization(config):
         if not any(name.endswith((".absmax", ".SCB")) for name in dtypes):
             raise UserError(
@@ -105,12 +105,12 @@ def check_dtypes(dtypes: dict[str, str], config: Any, name: str | Path) -> None:
         if dtype not in PLAIN and weight and not is_extra(tensor, config):
             raise UserError(
                 f"'{tensor}' of '{name}' is stored in {dtype}, and no quantization_config in its config.json says how "
-                "that is to be read: use a checkpoint in float32, bfloat16 or float16."
+                "to read that: use a checkpoint in float32, bfloat16 or float16."
             )
 
 
 def is_extra(tensor: str, config: Any) -> bool:
-    """Whether a tensor that the model does not use may be there all the same; see `EXTRAS`."""
+    """Whether a tensor that the model does not use is allowed; see `EXTRAS`."""
     if any(re.search(pattern, tensor) for pattern in EXTRAS.values()):
         return True
     layer = _layer_number(tensor)
@@ -118,23 +118,31 @@ def is_extra(tensor: str, config: Any) -> bool:
 
 
 def _layer_number(tensor: str) -> int | None:
-    found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", tensor)
-    return int(found[1]) if found else None
+    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", tensor)
+    return int(match[1]) if match else None
 
 
 def _predicting_layers(config: Any) -> range:
-    """Numbers of the layers for multi-token prediction, which stand behind the model's own (DeepSeek, GLM)."""
+    """Numbers of the layers for multi-token prediction, which follow the model's own (DeepSeek, GLM)."""
     text = config.get_text_config()
     layers, more = (getattr(text, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
     return range(layers, layers + more) if isinstance(layers, int) and isinstance(more, int) else range(0)
 
 
 def check_tensors(
-    model: torch.nn.Module, unexpected: Iterable[str], folder: Path, where: dict[str, str], name: str | Path
+    model: PreTrainedModel, unexpected: Iterable[str], folder: Path, where: dict[str, str], name: str | Path
 ) -> None:
-    """Refuse a checkpoint of which something would be left out, or of which it is not clear what is used.
+    """Check that all tensors of a checkpoint are used, and unambiguously.
 
-    unexpected: as transformers reports them, which leaves out what matches patterns of its own.
+    Args:
+        model: loaded from it.
+        unexpected: unused tensors as transformers reports them, which omits those that match patterns of its own.
+        folder: of the checkpoint.
+        where: {tensor name: name of the file that holds it}.
+        name: of the model, for messages.
+
+    Raises:
+        UserError: a tensor would be left out, or it is not clear which one is used.
     """
     own = {tensor for tensor, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
     prefix = f"{model.base_model_prefix}."
@@ -160,6 +168,7 @@ def check_tensors(
 
 
 def unused(name: str | Path, tensors: Sequence[str], config: Any) -> UserError:
+    """The error for a checkpoint with tensors that its model does not use."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     deepest = max((number for tensor in tensors if (number := _layer_number(tensor)) is not None), default=-1)
     too_deep = isinstance(layers, int) and deepest >= layers
@@ -171,8 +180,8 @@ def unused(name: str | Path, tensors: Sequence[str], config: Any) -> UserError:
     )
 
 
-def _compare_frequencies(model: torch.nn.Module, folder: Path, where: dict[str, str], name: str | Path) -> None:
-    """Warn where stored rotary frequencies, which are not used, are not those that config.json leads to."""
+def _compare_frequencies(model: PreTrainedModel, folder: Path, where: dict[str, str], name: str | Path) -> None:
+    """Warn if stored rotary frequencies, which are not used, differ from those that follow from config.json."""
     import torch
 
     ours = [buffer for tensor, buffer in model.named_buffers() if tensor.endswith("inv_freq")]
@@ -183,24 +192,26 @@ def _compare_frequencies(model: torch.nn.Module, folder: Path, where: dict[str, 
             near = [torch.allclose(stored, own.cpu().float(), rtol=0.01) for own in ours if own.shape == stored.shape]
             if not any(near):
                 warnings.warn(
-                    f"'{tensor}' of '{name}' differs from the rotary frequencies that its config.json leads to, which "
-                    "are used: check rope_theta and rope_scaling there.",
+                    f"'{tensor}' of '{name}' differs from the rotary frequencies that follow from its config.json, "
+                    "which are used: check rope_theta and rope_scaling there.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
 
 def check_vocabulary(folder: Path) -> None:
+    """Raise `UserError` if a folder has no tokenizer."""
     if not any(next(folder.glob(pattern), None) for pattern in VOCABULARIES):
         raise UserError(
             f"'{folder}' cannot be loaded: it holds no tokenizer ({', '.join(VOCABULARIES)}); save the model's there."
         )
 
 
-def check_tokenizer(tokenizer: Any, model: torch.nn.Module, name: str | Path) -> None:
-    """Refuse a tokenizer that makes numbers the model has no embedding for, or that cannot end an answer."""
-    rows = model.get_input_embeddings().weight.shape[0]
+def check_tokenizer(tokenizer: Any, model: PreTrainedModel, name: str | Path) -> None:
+    """Raise `UserError` if a tokenizer has tokens without an embedding in the model, or no end token."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= rows and token != PICTURE}
     if beyond:
         first = min(beyond)
@@ -217,7 +228,8 @@ def check_tokenizer(tokenizer: Any, model: torch.nn.Module, name: str | Path) ->
 
 
 def check_layers(layers: Any, where: dict[str, str], source: str | Path) -> None:
-    # Work is shared out, and models are built, layer by layer: a number that is far too high would never end.
+    """Raise `UserError` if a configuration has more layers than its checkpoint has tensors."""
+    # Work is distributed, and models are built, layer by layer: with far too many it would never end.
     if isinstance(layers, int) and layers > len(where):
         raise UserError(
             f"'{source}' cannot be loaded: its config.json calls for {layers} layers, and it holds {len(where)} "

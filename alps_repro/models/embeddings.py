@@ -1,4 +1,4 @@
-"""Where a model puts the questions of data sets (ALPS, Figure 7)."""
+"""Embeddings of data sets' questions by a model (ALPS, Figure 7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ BATCH = 16
 def embed(
     model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], progress: bool = False
 ) -> dict[str, np.ndarray]:
-    """The mean over a text's tokens of the last hidden states: {name: float64 (texts, hidden size)}."""
+    """Embed texts as the mean of the last hidden states over their tokens.
+
+    Args:
+        model: as `load_model` returns it.
+        tokenizer: the model's.
+        texts: {name: texts}.
+        progress: show a bar for each name.
+
+    Returns:
+        {name: float64 (texts, hidden size)}.
+
+    Raises:
+        UserError: a text has more tokens than the model has positions.
+    """
     import torch
     from tqdm.auto import tqdm
 
@@ -40,8 +53,17 @@ def embed(
 
 
 def principal(points: Mapping[str, np.ndarray], dimensions: int = 3) -> dict[str, np.ndarray]:
-    """All points on their common principal axes: {name: (texts, dimensions)}; an axis points where its largest
-    loading is positive, so that the picture is the same every time."""
+    """Project all points on their common principal axes.
+
+    The sign of an axis is such that its largest loading is positive, so that figures are reproducible.
+
+    Args:
+        points: {name: (texts, hidden size)}.
+        dimensions: number of axes.
+
+    Returns:
+        {name: (texts, dimensions)}.
+    """
     everything = np.concatenate(list(points.values()))
     mean = everything.mean(0)
     _, _, axes = np.linalg.svd(everything - mean, full_matrices=False)

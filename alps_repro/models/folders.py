@@ -1,4 +1,4 @@
-"""A model by its name: the folder where it lies, its configuration, the base of an adapter, hashes of its files."""
+"""A model by its name: its folder, its configuration, the base of an adapter, hashes of its files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import re
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alps_repro.errors import UserError
 from alps_repro.models.embedded import EMBEDDED, embedded_model
 from alps_repro.models.files import INDEX, SINGLE, first_line, sha256
-
-if TYPE_CHECKING:
-    pass
 
 ADAPTER = "adapter_config.json"
 
@@ -35,7 +32,7 @@ def resolve(name: str | Path) -> Path:
     if str(name) == EMBEDDED:
         return embedded_model()
     folder = Path(name)
-    if os.path.isdir(folder):  # the methods of `Path` raise where a name is too long
+    if os.path.isdir(folder):  # the methods of `Path` raise if a name is too long
         _check_weights(folder)
         return folder
     if os.path.isfile(folder):
@@ -54,9 +51,9 @@ def resolve(name: str | Path) -> Path:
         raise UserError(
             f"'{name}' is no local folder, and the hub "
             + (
-                "refuses it: ask for access on its page and log in with 'hf auth login'."
+                "refuses access: request it on the model's page and log in with 'hf auth login'."
                 if gated
-                else f"could not give it ({type(error).__name__}): check the name and the connection, or use "
+                else f"could not provide it ({type(error).__name__}): check the name and the connection, or use "
                 f"'{EMBEDDED}', which needs no hub."
             )
         ) from error
@@ -70,7 +67,7 @@ def _check_weights(folder: Path) -> None:
     if is_adapter(folder):
         return
     if not (folder / "config.json").exists():
-        raise UserError(f"'{folder}' is no checkpoint: it holds no config.json.")
+        raise UserError(f"'{folder}' is not a checkpoint: it holds no config.json.")
     if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
         pickled = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*"), *folder.glob("*.ckpt")])
         if pickled:
@@ -82,19 +79,27 @@ def _check_weights(folder: Path) -> None:
 
 
 def load_config(folder: Path) -> Any:
-    """The `transformers` configuration of a checkpoint folder."""
+    """The `transformers` configuration of a checkpoint folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"The config.json of '{folder}' cannot be read ({first_line(error)}): copy it again, or write a right one."
+            f"The config.json of '{folder}' cannot be read ({first_line(error)}): copy it again, or correct it."
         ) from error
 
 
 def adapter_base(folder: Path) -> str:
-    """The name of the model that a saved adapter was trained on."""
+    """The name of the model that a saved adapter was trained on.
+
+    Raises:
+        UserError: the adapter's configuration cannot be read, or does not name a base that is a whole model.
+    """
     try:
         base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -111,7 +116,7 @@ def adapter_base(folder: Path) -> str:
     return base
 
 
-#: What is read of a model's folder, its tokenizer included.
+#: Patterns of the files that are read from a model's folder, its tokenizer's included.
 READ = (
     *("*.safetensors", INDEX, "config.json", "generation_config.json", ADAPTER),
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
@@ -120,17 +125,17 @@ READ = (
 
 
 def file_hashes(name: str | Path) -> dict[str, str]:
-    """SHA-256 of every file that is read of a model, by its path in the folder; of an adapter's base, too.
+    """{path in the folder: SHA-256} for every file that is read of a model; for an adapter also of its base's.
 
     Raises:
         UserError: there is no such model.
     """
     folder = resolve(name)
     files = sorted({path for pattern in READ for path in folder.glob(pattern) if path.is_file()})
-    found = {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
+    hashes = {path.relative_to(folder).as_posix(): _file_hash(path) for path in files}
     if is_adapter(folder):
-        found |= {f"base/{path}": value for path, value in file_hashes(adapter_base(folder)).items()}
-    return found
+        hashes |= {f"base/{path}": value for path, value in file_hashes(adapter_base(folder)).items()}
+    return hashes
 
 
 def model_hash(folder: Path) -> str:
@@ -143,11 +148,11 @@ def model_hash(folder: Path) -> str:
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file, taken once for each state that it has been in."""
+    """SHA-256 of a file, computed once for each state of it."""
     state = path.stat()
-    if time.time() - state.st_ctime < 2:  # within the clock's steps a second change would not show
+    if time.time() - state.st_ctime < 2:  # within the clock's resolution a second change would not show
         return sha256(path)
-    # The time of change is the system's own: unlike that of modification, nobody can set it back.
+    # The time of change is set by the system: unlike that of modification, it cannot be set back.
     return _kept_hash(str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, explained, one_of
@@ -24,78 +24,111 @@ from alps_repro.models.folders import adapter_base, is_adapter, load_config, res
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def load_model(
     name: str | Path, quantization: str = "none", *, dtype: torch.dtype | None = None, device: str = "auto"
-) -> tuple[torch.nn.Module, Any]:
+) -> tuple[PreTrainedModel, Any]:
     """Load a causal language model and its tokenizer.
 
-    name: the embedded model, a checkpoint folder, a hub id, or an adapter folder (its base is loaded under it).
-    quantization: `none`; `8bit` (LLM.int8) or `4bit` (NF4) by bitsandbytes, on GPU or CPU.
-    dtype: of the weights that are not quantized; by default float32 on a CPU, the checkpoint's own on a GPU. Models
-        that are to be compared want one that is said.
-    device: of `devices.DEVICES`; `auto` is the GPU if there is one.
+    Args:
+        name: the embedded model, a checkpoint folder, a hub id, or an adapter folder (its base is loaded under it).
+        quantization: `none`; `8bit` (LLM.int8) or `4bit` (NF4) by bitsandbytes, on GPU or CPU.
+        dtype: of the weights that are not quantized; by default float32 on a CPU, the checkpoint's own on a GPU. For
+            models that are to be compared, give one.
+        device: of `devices.DEVICES`; `auto` is the GPU if there is one.
 
     Returns:
-        the model in eval mode and the tokenizer, padding on the left.
+        The model in eval mode (with an adapter, a `peft.PeftModel`, which passes on what it lacks itself to the model
+        within it) and the tokenizer, padding on the left.
 
     Raises:
-        UserError: the name does not lead to readable weights; the quantization is unknown, not available, or another
-            than the stored one; tensors are missing or not used; the tokenizer does not fit; or there is a GPU, or one
-            is asked for, that cannot be used.
+        UserError: the name does not lead to readable weights; the quantization is unknown, unavailable, or differs
+            from the stored one; tensors are missing or unused; the tokenizer does not fit; or a GPU is present or
+            requested that cannot be used.
     """
     one_of("quantization", quantization, QUANTIZATIONS)
     gpu = placed(device) == "cuda"
     folder = resolve(name)
     if is_adapter(folder):
-        from peft import PeftModel
-
-        import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
-
         base, tokenizer = load_model(adapter_base(folder), quantization, dtype=dtype, device=device)
         if (folder / "tokenizer_config.json").exists():  # of an adapter that was trained with another one
             tokenizer = _tokenizer(folder, base, name)
-        try:
-            return PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval(), tokenizer
-        except Exception as error:
-            if isinstance(error, UserError):
-                raise
-            raise explained(error) or UserError(
-                f"The adapter '{name}' cannot be loaded ({first_line(error)}): save the adapter again."
-            ) from error
+        return _adapted(base, folder, name), tokenizer
+    config = load_config(folder)
+    check_kind(config, name)
+    settings = _settings(config, quantization, dtype, gpu, name)
+    model = _read(folder, config, settings, name)
+    if quantization != "none" and not any(hasattr(m, "source_cls") for m in model.modules()):
+        raise UserError(f"bitsandbytes finds nothing to quantize in '{name}' ({model.config.model_type}): use 'none'.")
+    tokenizer = _tokenizer(folder, model, name)
+    module: Any
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the first forward pass would repack NF4 weights in place, and they could never be
+        # dequantized again.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
 
+
+def _adapted(base: PreTrainedModel, folder: Path, name: str | Path) -> PreTrainedModel:
+    """A base model with the adapter saved in a folder."""
+    from peft import PeftModel
+
+    import alps_repro.tuner  # noqa: F401  registers AlpsConfig with peft
+
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device)).eval()
+    except Exception as error:
+        if isinstance(error, UserError):
+            raise
+        raise explained(error) or UserError(
+            f"The adapter '{name}' cannot be loaded ({first_line(error)}): save the adapter again."
+        ) from error
+    return cast("PreTrainedModel", model)
+
+
+def _settings(config: Any, quantization: str, dtype: torch.dtype | None, gpu: bool, name: str | Path) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; `UserError` if the checkpoint is stored in another quantization."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if dtype is None and gpu and quantization != "none":
         dtype = torch.bfloat16
-    kwargs: dict[str, Any] = {"dtype": dtype or ("auto" if gpu else torch.float32)}
+    settings: dict[str, Any] = {"dtype": dtype or ("auto" if gpu else torch.float32)}
     if gpu:
-        kwargs["device_map"] = {"": torch.cuda.current_device()}
+        settings["device_map"] = {"": torch.cuda.current_device()}
     if quantization == "8bit":
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif quantization == "4bit":
-        # Multiplying in the dtype of the rest keeps a start from, and a merge into, these weights exact.
-        kwargs["quantization_config"] = BitsAndBytesConfig(
+        # Multiplying in the dtype of the rest makes starting from, and merging into, these weights exact.
+        settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype or torch.float32
         )
-    config = load_config(folder)
-    check_kind(config, name)
     if check_stored_quantization(config, quantization, name):
-        kwargs["config"] = _with_own_compute(config, kwargs.pop("quantization_config"))
+        settings["config"] = _with_own_compute(config, settings.pop("quantization_config"))
+    return settings
+
+
+def _read(folder: Path, config: Any, settings: dict[str, Any], name: str | Path) -> PreTrainedModel:
+    """The model in a checkpoint folder; refused where tensors are missing, unused or not what they claim to be."""
+    from transformers import AutoModelForCausalLM
+
     try:
         where = tensor_files(folder)
         check_layers(getattr(config.get_text_config(), "num_hidden_layers", 0), where, name)
         check_dtypes(stored_dtypes(folder, where), config, name)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **kwargs,
+            **settings,
         )
+        model: PreTrainedModel = loaded[0]
+        report: dict[str, Any] = loaded[1]
         check_vocabulary(folder)
     except UserError:
         raise
@@ -108,29 +141,21 @@ def load_model(
     if missing:
         raise UserError(
             f"'{name}' lacks {len(missing)} of the tensors that its config.json calls for, or has them in another "
-            f"shape (the first is '{missing[0]}'): the checkpoint is not complete; copy it again."
+            f"shape (the first is '{missing[0]}'): the checkpoint is incomplete; copy it again."
         )
     check_tensors(model, report["unexpected_keys"], folder, where, name)
-    if quantization != "none" and not any(hasattr(m, "source_cls") for m in model.modules()):
-        raise UserError(f"bitsandbytes finds nothing to quantize in '{name}' ({model.config.model_type}): use 'none'.")
-    tokenizer = _tokenizer(folder, model, name)
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 the first forward would repack NF4 weights in place, and they could never be
-        # dequantized again.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model.eval(), tokenizer
+    return model
 
 
 def _with_own_compute(config: Any, ours: Any) -> Any:
-    """The configuration of a quantized checkpoint, computing as if `load_model` had quantized it."""
+    """The configuration of a quantized checkpoint, which computes as if `load_model` had quantized it."""
     own = {key: getattr(ours, key) for key in ("bnb_4bit_compute_dtype", "llm_int8_threshold")}
     config.quantization_config = {**stored_quantization(config), **own}
     return config
 
 
-def _tokenizer(folder: Path, model: torch.nn.Module, name: str | Path) -> Any:
-    """The tokenizer in a folder, padding on the left; one that does not fit the model is refused."""
+def _tokenizer(folder: Path, model: PreTrainedModel, name: str | Path) -> Any:
+    """The tokenizer in a folder, padding on the left; refused if it does not fit the model."""
     from transformers import AutoTokenizer
 
     try:

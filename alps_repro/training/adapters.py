@@ -1,10 +1,10 @@
-"""How a method's heads, or all of attention, are trained where nothing else is: one PEFT configuration each."""
+"""Ways to train a method's heads, or all of attention, and nothing else: one PEFT configuration each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from alps_repro.heads.layout import PARTS, HeadLayout
 from alps_repro.heads.selection import HeadSelection
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 class Target:
     """What an adapter is made for.
 
-    modules: full paths of the query, key and value projections. rank: of low-rank matrices, and of SHiRA's count.
-    seed: of what is drawn, such as SHiRA's entries.
+    Attributes:
+        layout: of the base model.
+        modules: full paths of the query, key and value projections.
+        heads: the heads to train; None for adapters of all projections.
+        rank: of low-rank matrices; SHiRA's number of entries follows from it, too.
+        seed: of random choices, such as SHiRA's entries.
     """
 
     layout: HeadLayout
@@ -31,6 +35,7 @@ class Target:
 def _rows(target: Target) -> PeftConfig:
     from alps_repro.tuner.rows import AlpsConfig
 
+    assert target.heads is not None
     return AlpsConfig(heads=target.heads, task_type="CAUSAL_LM")
 
 
@@ -63,7 +68,7 @@ def _shira(target: Target) -> PeftConfig:
     )
 
 
-def _lofit(target: Target, stage: str) -> PeftConfig:
+def _lofit(target: Target, stage: Literal["scale", "offset"]) -> PeftConfig:
     from alps_repro.tuner.lofit import LofitConfig
 
     return LofitConfig(stage=stage, heads=target.heads, task_type="CAUSAL_LM")
@@ -77,11 +82,15 @@ def _jola(target: Target, **own: Any) -> PeftConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """about: what it trains, in words. config: its PEFT configuration.
+    """One way to train.
 
-    weights: (layout, heads, rank) -> how many numbers it trains; None for rows, whose number depends on which heads
-    share a group, and on biases. by_rank: whether it is of all projections at a rank, and of no heads. quantized: what
-    its base may be loaded in.
+    Attributes:
+        about: what it trains, in words.
+        config: makes its PEFT configuration.
+        weights: (layout, number of heads, rank) -> number of trainable parameters; None for rows, where it depends on
+            which heads share a group, and on biases.
+        by_rank: whether it trains all projections at a rank rather than single heads.
+        quantized: quantizations in which its base may be loaded.
     """
 
     about: str
@@ -92,17 +101,17 @@ class Adapter:
 
 
 def lora_weights(layout: HeadLayout) -> int:
-    """Weights of LoRA of rank 1 on all query, key and value projections."""
+    """Number of weights of LoRA with rank 1 on all query, key and value projections."""
     return layout.layers * sum(layout.hidden_size + rows for rows in _outputs(layout))
 
 
 def dora_magnitudes(layout: HeadLayout) -> int:
-    """What DoRA trains beside LoRA: a length for each output of these projections."""
+    """Number of DoRA's magnitudes, which it trains besides LoRA's weights: one per output of these projections."""
     return layout.layers * sum(_outputs(layout))
 
 
 def _outputs(layout: HeadLayout) -> list[int]:
-    """The outputs of a layer's query, key and value projections; a fused one counts once."""
+    """Output sizes of a layer's query, key and value projections; a fused one counts once."""
     return list({layout.module(0, part): layout.projection_rows(part) for part in PARTS}.values())
 
 
@@ -117,24 +126,24 @@ ADAPTERS: dict[str, Adapter] = {
         quantized=("4bit",),  # in 8 bit its first step fails within bitsandbytes
     ),
     "shira": Adapter(
-        "drawn entries of q, k and v (SHiRA)",
+        "random entries of q, k and v (SHiRA)",
         _shira,
         lambda layout, heads, rank: rank * lora_weights(layout),
         by_rank=True,
         quantized=(),
     ),
     "scales": Adapter(
-        "a scale of each number of the heads' results (LoFiT's first stage)",
+        "a scale for each element of the per-head attention outputs (LoFiT's first stage)",
         lambda target: _lofit(target, "scale"),
         lambda layout, heads, rank: heads * layout.head_dim,
     ),
     "offsets": Adapter(
-        "an offset of the heads' results (LoFiT's second stage)",
+        "an offset of the per-head attention outputs (LoFiT's second stage)",
         lambda target: _lofit(target, "offset"),
         lambda layout, heads, rank: heads * layout.head_dim,
     ),
     "jola": Adapter(
-        "a scale and an offset of the heads' results, each behind a gate (JoLA)",
+        "a gated scale and a gated offset of the per-head attention outputs (JoLA)",
         _jola,
         lambda layout, heads, rank: heads * (2 * layout.head_dim + 2),
     ),

@@ -1,6 +1,6 @@
 """The registry of methods: what each one trains of attention.
 
-A method is a name, a sentence and a function; one that is added to `METHODS` can be used everywhere, and stands in
+A method is a name, a description and a function; one that is added to `METHODS` can be used everywhere, and appears in
 every table.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from alps_repro.errors import UserError
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
+from alps_repro.localization.metrics import RESULT
 from alps_repro.localization.scores import HeadScores
 from alps_repro.training.adapters import ADAPTERS, dora_magnitudes, lora_weights
 
@@ -25,7 +26,7 @@ def check_ratio(ratio: float) -> None:
 
 
 def check_scope(scope: str, quantization: str, method: str) -> None:
-    """Raise `UserError` where a scope cannot be trained by a method, or on a quantized base."""
+    """Raise `UserError` if a scope cannot be trained by a method, or on a quantized base."""
     if quantization != "none" and scope != "heads":
         raise UserError(
             f"With a base loaded in {quantization}, what lies outside the heads cannot be trained: use scope='heads'."
@@ -49,13 +50,18 @@ LORA_RANK = 128
 
 @dataclass(frozen=True)
 class Method:
-    """about: one line for tables and help. select: (layout, ratio, scores, choice seed) -> heads, or None for none.
+    """One method.
 
-    adapter: of `ADAPTERS`, how the heads are trained in scope `heads`; other than `rows`, the only scope there is.
-    rank: (layout, ratio, scores) -> rank, for adapters of all projections, in place of heads.
-    uses_scores: whether a localization has to come first; metric: the (metric, head matrix) of that localization where
-    it is not the run's. uses_ratio: whether the ratio changes anything. draws: whether the choice seed does.
-    source: `paper`; `control`: what the paper lacks; or the other system that it is, or takes its heads from.
+    Attributes:
+        about: one line for tables and help.
+        select: (layout, ratio, scores, choice seed) -> heads, or None for no heads.
+        adapter: of `ADAPTERS`, how the heads are trained with scope `heads`; other than `rows`, that is the only scope.
+        rank: (layout, ratio, scores) -> rank, for adapters of all projections, in place of heads.
+        uses_scores: whether it needs a localization first.
+        metric: (metric, head matrix) of that localization, if it is not the run's.
+        uses_ratio: whether the ratio has an effect.
+        draws: whether the choice seed has an effect.
+        source: `paper`; `control`, which the paper lacks; or the other system that it is, or takes its heads from.
     """
 
     about: str
@@ -74,20 +80,20 @@ def _top(layout: HeadLayout, ratio: float, scores: HeadScores | None, seed: int 
 
 
 def _checked(layout: HeadLayout, scores: HeadScores | None) -> HeadScores:
-    assert scores is not None  # `finetune` has asked for them
+    assert scores is not None  # `finetune` has checked that
     if scores.layout != layout:
         raise UserError("The head scores belong to a model of another shape than the one to be trained: localize it.")
     return scores
 
 
 def row_weights(heads: HeadSelection) -> int:
-    """Weights in the query, key and value rows of these heads, each group's once; biases left out."""
+    """Number of weights in the query, key and value rows of these heads, each group's once, without biases."""
     layout = heads.layout
     return sum(map(len, layout.selected_rows(heads).values())) * layout.hidden_size
 
 
 def _random_matched(layout: HeadLayout, ratio: float, scores: HeadScores | None, seed: int) -> HeadSelection:
-    """Heads in a drawn order, each taken unless it would lead over the weights that `alps` trains."""
+    """Heads in random order, each taken unless there would be more weights than `alps` trains."""
     left = row_weights(_top(layout, ratio, scores))
     block = layout.head_dim * layout.hidden_size
     chosen: list[tuple[int, int]] = []
@@ -104,7 +110,7 @@ def _random_matched(layout: HeadLayout, ratio: float, scores: HeadScores | None,
 
 
 def _matched(layout: HeadLayout, ratio: float, scores: HeadScores | None, besides: int = 0) -> int:
-    """The rank whose weights, and those `besides`, come nearest to those that `alps` trains."""
+    """The rank at which the number of weights, and those `besides`, is nearest to that of `alps`."""
     return max(1, round((row_weights(_top(layout, ratio, scores)) - besides) / lora_weights(layout)))
 
 
@@ -116,12 +122,12 @@ METHODS: dict[str, Method] = {
     "full": Method("all heads", _every, uses_ratio=False),
     "no_attn": Method("no head (the paper's w/o attn)", lambda layout, ratio, scores, seed: None, uses_ratio=False),
     "random": Method(
-        "heads drawn from the whole model",
+        "randomly selected heads of the whole model",
         lambda layout, ratio, scores, seed: HeadSelection.random(layout, ratio, seed),
         draws=True,
     ),
     "layer_consistent": Method(
-        "the same number of drawn heads in every layer",
+        "the same number of randomly selected heads in every layer",
         lambda layout, ratio, scores, seed: HeadSelection.layer_consistent(layout, ratio, seed),
         draws=True,
     ),
@@ -131,29 +137,29 @@ METHODS: dict[str, Method] = {
         rank=lambda layout, ratio, scores: LORA_RANK,
         uses_ratio=False,
     ),
-    "alps": Method("the heads that moved most in the task model", _top, uses_scores=True),
+    "alps": Method("the heads that changed most in the task model", _top, uses_scores=True),
     "bottom": Method(
-        "the heads that moved least",
+        "the heads that changed least",
         lambda layout, ratio, scores, seed: _checked(layout, scores).bottom(ratio),
         uses_scores=True,
         source="control",
     ),
     "l2": Method(
-        "the heads whose weights moved most, by their plain norm",
+        "the heads whose weights changed most, by L2 norm",
         _top,
         uses_scores=True,
         metric=("l2", "concat"),
         source="control",
     ),
     "random_matched": Method(
-        "drawn heads with as many weights as alps trains",
+        "randomly selected heads, parameter-matched to alps",
         _random_matched,
         uses_scores=True,
         draws=True,
         source="control",
     ),
     "lora_matched": Method(
-        "LoRA on q, k and v with as many weights as alps trains",
+        "LoRA on q, k and v, parameter-matched to alps",
         adapter="lora",
         rank=_matched,
         uses_scores=True,
@@ -161,13 +167,13 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-# Other systems (docs/systems.md): where the heads come from, and what of them is trained, are an axis each.
+# Other systems (docs/systems.md): how heads are selected and what of them is trained are two independent axes.
 
 _SELECTORS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
-    "alps": ("that moved most in the task model", "ALPS", None),
-    "lofit": ("whose learned scales are largest", "LoFiT", ("scale_norm", "result")),
-    "hifi": ("of the richest and most correlated results", "HiFi", ("hifi", "result")),
-    "importance": ("whose loss hurts the task model most (Eq. 3)", "Eq. 3", ("importance", "result")),
+    "alps": ("that changed most in the task model", "ALPS", None),
+    "lofit": ("whose learned scales are largest", "LoFiT", ("scale_norm", RESULT)),
+    "hifi": ("with the richest and most correlated outputs", "HiFi", ("hifi", RESULT)),
+    "importance": ("whose ablation hurts the task model most (Eq. 3)", "Eq. 3", ("importance", RESULT)),
 }
 
 METHODS |= {
@@ -188,12 +194,16 @@ METHODS |= {
 }
 METHODS |= {
     "random_offset": Method(
-        "an offset for each of drawn heads", METHODS["random"].select, "offsets", draws=True, source="LoFiT"
+        "an offset for each of randomly selected heads",
+        METHODS["random"].select,
+        "offsets",
+        draws=True,
+        source="LoFiT",
     ),
     "lofit_scales": Method(
-        "a scale for every number of all heads' results", _every, "scales", uses_ratio=False, source="LoFiT"
+        "a scale for each element of all per-head attention outputs", _every, "scales", uses_ratio=False, source="LoFiT"
     ),
-    "jola": Method("a gated scale and offset for every head", _every, "jola", uses_ratio=False, source="JoLA"),
+    "jola": Method("a gated scale and a gated offset for every head", _every, "jola", uses_ratio=False, source="JoLA"),
     "jola_additive": Method("a gated offset for every head", _every, "jola_additive", uses_ratio=False, source="JoLA"),
     "jola_multiplicative": Method(
         "a gated scale for every head", _every, "jola_multiplicative", uses_ratio=False, source="JoLA"
@@ -202,14 +212,14 @@ METHODS |= {
         "a scale and an offset for every head, without gates", _every, "jola_ungated", uses_ratio=False, source="JoLA"
     ),
     "dora_matched": Method(
-        "DoRA on q, k and v with as many weights as alps trains",
+        "DoRA on q, k and v, parameter-matched to alps",
         adapter="dora",
         rank=lambda layout, ratio, scores: _matched(layout, ratio, scores, dora_magnitudes(layout)),
         uses_scores=True,
         source="DoRA",
     ),
     "shira_matched": Method(
-        "drawn entries of q, k and v, as many as alps trains weights",
+        "random entries of q, k and v, parameter-matched to alps",
         adapter="shira",
         rank=_matched,
         uses_scores=True,

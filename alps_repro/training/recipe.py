@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from alps_repro.data.prompts import MAX_LOST
+from alps_repro.devices import Device
 from alps_repro.settings import Settings
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -37,7 +38,7 @@ class Recipe(Settings):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of the forward pass; auto: float16 on a GPU, as in the paper, float32 on a CPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    device: Device = Field("auto", description="auto: the GPU where there is one")
     gradient_checkpointing: bool = False
     workers: int = Field(0, ge=0, description="processes that prepare batches; the result does not depend on it")
     examples: int | None = Field(None, gt=0, description="training examples; all of them where none is said")
@@ -51,7 +52,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _validates(self) -> Self:
         if self.patience is not None and self.validation is None:
-            raise ValueError("The patience is of losses on validation examples: say how many, as 'validation'.")
+            raise ValueError("The patience is of losses on validation examples: give their number as 'validation'.")
         return self
 
     @model_validator(mode="after")

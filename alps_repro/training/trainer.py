@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with penalties, one progress bar, and an end where training diverges."""
+"""`transformers.Trainer` with penalties, one progress bar, and a stop if training diverges."""
 
 from __future__ import annotations
 
@@ -10,52 +10,64 @@ from alps_repro.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
 
 def trainer_of(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
-    """A Trainer whose loss has the penalty of JoLA's gates or LoFiT's scales added to it, in training."""
+    """A Trainer that, in training, adds the penalty of JoLA's gates or LoFiT's scales to the loss.
+
+    Args:
+        tuned: what `finetune.trainable` made.
+        arguments: as `transformers.Trainer` takes them.
+    """
     from transformers import Trainer
 
-    from alps_repro.tuner.jola import JolaModel, gate_weight
+    from alps_repro.tuner.jola import JolaConfig, JolaModel, gate_weight
     from alps_repro.tuner.lofit import LofitModel
 
-    tuner = getattr(tuned, "base_model", None)
-    if not isinstance(tuner, (JolaModel, LofitModel)):
+    base_model = getattr(tuned, "base_model", None)
+    if not isinstance(base_model, (JolaModel, LofitModel)):
         return Trainer(**arguments)
+    tuner: JolaModel | LofitModel = base_model
 
     class PenalizedTrainer(Trainer):
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
             if model.training:
-                # Where a micro-batch's loss is its share of the step's already, its penalty has to be, too.
-                whole = kwargs.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
-                loss = loss + self._penalty() / (self.current_gradient_accumulation_steps if whole else 1)
+                # Where a micro-batch's loss is already its share of the step's, its penalty has to be, too.
+                shared = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+                loss = loss + self._penalty() / (self.current_gradient_accumulation_steps if shared else 1)
             return (loss, outputs) if return_outputs else loss
 
         def _penalty(self) -> torch.Tensor:
             if isinstance(tuner, LofitModel):
                 return tuner.penalty()
-            # By the optimizer's steps: neither micro-batches nor evaluations move it.
+            # The weight depends on optimizer steps alone, not on micro-batches or evaluations.
             (config,) = tuner.peft_config.values()
-            # Losses out of what a checkpoint keeps, so that a resumed run goes on with the same weight.
-            moved = self.state.log_history if config.schedule == "performance" else ()
-            losses = [entry["loss"] for entry in moved if "loss" in entry]
+            assert isinstance(config, JolaConfig)
+            # Checkpoints keep these losses, so that a resumed run goes on with the same weight.
+            history = self.state.log_history if config.schedule == "performance" else ()
+            losses = [entry["loss"] for entry in history if "loss" in entry]
             return tuner.penalty(gate_weight(config.schedule, self.state.global_step, self.state.max_steps, losses))
 
     return PenalizedTrainer(**arguments)
 
 
-def show_bar_only(trainer: Any) -> None:
-    """Keep the progress bar, if any, without the line that Trainer would add for every step."""
+def show_bar_only(trainer: Trainer) -> None:
+    """Keep the progress bar, if any, without the line that Trainer would print for every step."""
     from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
     from transformers.trainer_callback import PrinterCallback
 
     class Bar(DEFAULT_PROGRESS_CALLBACK):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             super().on_train_begin(*args, **kwargs)
-            if getattr(self, "training_tracker", None) is not None:  # a notebook's bar, with a table below
-                self.training_tracker.inner_table = None
+            tracker = getattr(self, "training_tracker", None)
+            if tracker is not None:  # a notebook's bar, with a table below
+                tracker.inner_table = None
 
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             pass
@@ -65,17 +77,21 @@ def show_bar_only(trainer: Any) -> None:
         trainer.add_callback(Bar)
 
 
-def stop_if_diverged(limit: float, checkpoints: Path) -> Any:
-    """A callback that ends training by `UserError` where the loss is no number, or far above that of a blind guess.
+def stop_if_diverged(limit: float, checkpoints: Path) -> TrainerCallback:
+    """A callback that ends training by `UserError` if the loss is NaN or reaches a limit.
 
-    Guessing blindly costs ln(vocabulary) nats; `limit` is four times that. The loss of a step shows the weights that
-    the step before left, so a checkpoint made by then may be broken already and is removed.
+    The loss of a step is that of the weights after the step before, so a checkpoint made by then may already be broken
+    and is removed.
+
+    Args:
+        limit: in nats; `finetune` takes four times the loss of uniform guessing, ln(vocabulary size).
+        checkpoints: folder of the run's checkpoints.
     """
     from transformers import TrainerCallback
 
     class StopIfDiverged(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            loss = logs.get("loss")
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            loss: float | None = kwargs["logs"].get("loss")
             if loss is None or loss < limit:
                 return
             for folder in checkpoints.glob("checkpoint-*"):

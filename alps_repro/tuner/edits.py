@@ -1,8 +1,8 @@
-"""What tuners have in common that edit the results of heads, and leave all weights as they are.
+"""Common parts of the tuners that edit per-head attention outputs and leave all weights unchanged.
 
-A head's result z (head_dim numbers a token) becomes `scale · z + offset` before the output projection, whose layer
-does it: any attention, grouped or not, quantized or not, hands its heads' results to that projection in query head
-order.
+A head's output z (head_dim numbers per token) becomes `scale · z + offset` before the output projection, whose layer
+applies the edit: any attention, grouped or not, quantized or not, passes its per-head outputs to that projection in
+query head order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers.pytorch_utils import Conv1D
 from alps_repro.errors import UserError
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
-from alps_repro.tuner.base import HeadLayer, HeadTuner, dense_weight
+from alps_repro.tuner.base import HeadLayer, HeadTuner, Projection, dense_weight
 
 
 class EditLayer(HeadLayer):
     """An output projection whose input is edited.
 
-    An adapter's tensors have the shape (edited heads of this layer, head_dim, or 1), and lie in dictionaries of the
-    names `adapter_layer_names`.
+    An adapter's tensors have the shape (edited heads of this layer, head_dim, or 1), and are kept in dictionaries named
+    by `adapter_layer_names`.
     """
 
     other_param_names = ("columns",)
@@ -38,7 +38,7 @@ class EditLayer(HeadLayer):
             setattr(self, kind, nn.ParameterDict())
 
     def update_layer(self, adapter_name: str, target: tuple[Any, torch.Tensor]) -> None:
-        """Add an adapter: its configuration, and the columns (edited heads, head_dim) of its heads' results."""
+        """Add an adapter; target: its configuration, and the columns (edited heads, head_dim) of its heads' outputs."""
         config, columns = target
         weight = dense_weight(self.base_layer)
         self.settings[adapter_name] = config
@@ -49,18 +49,20 @@ class EditLayer(HeadLayer):
         self.set_adapter(self.active_adapters)
 
     def start(self, config: Any, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
-        """What an adapter's tensors are before training, drawn from torch's global generator."""
+        """An adapter's initial tensors, drawn from torch's global generator."""
         raise NotImplementedError
 
     def edit(self, adapter: str, drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Scale and offset (edited heads, head_dim) of an adapter, None for one that it does not have.
 
-        drawn: as in training, where they may hold noise.
+        Args:
+            adapter: its name.
+            drawn: whether random parts are sampled, as in training.
         """
         raise NotImplementedError
 
     def _edits(self, adapters: list[str], drawn: bool = False) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Scale and offset of the projection's whole input under these adapters, one after the other."""
+        """Scale and offset of the projection's whole input under these adapters, in this order."""
         scale = offset = None
         for name in adapters:
             own_scale, own_offset = self.edit(name, drawn)
@@ -86,12 +88,13 @@ class EditLayer(HeadLayer):
         return self.base_layer(edited.to(x.dtype), *args, **kwargs)
 
     @torch.no_grad()
-    def write_into(self, dense: nn.Module, adapters: list[str]) -> None:
-        """Fold scales into the weight's columns, and offsets into the bias, as they are in evaluation."""
+    def write_into(self, dense: Projection, adapters: list[str]) -> None:
+        """Fold scales into the weight's columns, and offsets into the bias, with their values in evaluation."""
         scale, offset = self._edits(self.own(adapters))
         weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if offset is not None:
+            assert dense.bias is not None  # see `EditTuner.check_merge`
             dense.bias.copy_(dense.bias.to(exact) + exact @ offset.to(exact))
         if scale is not None:
             weight.copy_(exact * scale.to(exact))
@@ -104,16 +107,17 @@ class EditTuner(HeadTuner):
 
     def targets(self, config: Any, layout: HeadLayout) -> dict[str, tuple[Any, torch.Tensor]]:
         heads = HeadSelection.all(layout) if config.heads is None else HeadSelection(tuple(config.heads), layout)
-        found: dict[str, list[torch.Tensor]] = {}
+        by_path: dict[str, list[torch.Tensor]] = {}
         for layer, head in heads:
             columns = torch.arange(head * layout.head_dim, (head + 1) * layout.head_dim)
-            found.setdefault(layout.output_module(layer), []).append(columns)
-        return {path: (config, torch.stack(columns)) for path, columns in found.items()}
+            by_path.setdefault(layout.output_module(layer), []).append(columns)
+        return {path: (config, torch.stack(columns)) for path, columns in by_path.items()}
 
     def check_merge(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
-        """Raise `UserError` where an offset has no bias to be folded into: saving the model would lose it."""
+        """Raise `UserError` if an offset has no bias to be folded into: saving the model would lose it."""
         super().check_merge(adapter_names)
         for name, layer in self._layers().items():
+            assert isinstance(layer, EditLayer)
             _, offset = layer._edits(layer.own(layer.active_adapters if adapter_names is None else adapter_names))
             if offset is not None and layer.base_layer.bias is None:
                 raise UserError(
@@ -123,10 +127,6 @@ class EditTuner(HeadTuner):
         if safe_merge:
             super().check_merge(adapter_names, safe_merge)
 
-    def penalty(self, *args: float) -> torch.Tensor:
-        """What the active adapters add to the training loss; see their configuration."""
-        raise NotImplementedError
-
-    def layers(self) -> list[EditLayer]:
-        """The layers that hold an active adapter, in the order of the model's."""
+    def layers(self) -> list[Any]:
+        """The tuner's layers (`tuner_layer_cls`) with an active adapter, in the model's order."""
         return [layer for layer in self._layers().values() if layer.own(self.active_adapters)]

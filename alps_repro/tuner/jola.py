@@ -1,18 +1,18 @@
-"""JoLA (arXiv 2502.01179) as a PEFT tuner: a scale and an offset for every head, behind gates that are learned."""
+"""JoLA (arXiv 2502.01179) as a PEFT tuner: a scale and an offset for every head, with learned gates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import PeftConfig
+from torch import nn
 
 from alps_repro.errors import one_of
-from alps_repro.tuner.base import add_peft_type, checked_heads, checked_modules
+from alps_repro.tuner.base import HeadConfig, add_peft_type, checked_heads, checked_modules
 from alps_repro.tuner.edits import EditLayer, EditTuner
 
 #: The name under which peft knows the tuner.
@@ -21,7 +21,7 @@ NAME = "JOLA"
 SCALE, OFFSET = "jola_scale", "jola_offset"
 SCALE_GATE, OFFSET_GATE = "jola_scale_gate", "jola_offset_gate"
 
-#: Of the hard-concrete gates: temperature, and the ends that a gate is stretched to before it is cut at 0 and 1.
+#: Of the hard-concrete gates: temperature; interval to which a gate is stretched before clipping to [0, 1]; epsilon.
 BETA, GAMMA, ZETA, EPSILON = 0.33, -0.1, 1.1, 1e-6
 
 EDITS = ("both", "multiplicative", "additive")
@@ -32,26 +32,22 @@ PERIOD = 20
 
 
 @dataclass
-class JolaConfig(PeftConfig):
+class JolaConfig(HeadConfig):
     """z ← (1 + g_m · m) ⊙ z + g_a · a, for every head.
 
-    edits: both of them, or the `multiplicative` (m) or `additive` (a) one alone. gated: whether g_m and g_a are learned
-        hard-concrete gates, or 1.
-    schedule: how the weight λ of the additive gates' penalty moves with the optimizer steps (`gate_weight`); that of
-        the multiplicative ones is 1 - λ.
-    heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
-    init_std: standard deviation of what m and a start from.
-    fingerprint, target_modules, modules_to_save: as of `AlpsConfig`.
+    Attributes:
+        edits: both of them, or the `multiplicative` (m) or `additive` (a) one alone.
+        gated: whether g_m and g_a are learned hard-concrete gates, or 1.
+        schedule: of λ, the weight of the additive gates' penalty, over optimizer steps (`gate_weight`); that of the
+            multiplicative ones is 1 - λ.
+        heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
+        init_std: standard deviation of the initial m and a.
     """
 
     edits: Literal["both", "multiplicative", "additive"] = "both"
     gated: bool = True
     schedule: Literal["exponential", "linear", "cyclic", "performance"] = "exponential"
-    heads: Iterable[tuple[int, int]] | None = None
     init_std: float = 1e-3
-    fingerprint: dict[str, Any] | None = None
-    target_modules: list[str] | None = None
-    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +59,15 @@ class JolaConfig(PeftConfig):
 
 
 def gate_weight(schedule: str, step: int, steps: int, losses: Sequence[float] = ()) -> float:
-    """λ of the penalty in the step that follows `step` optimizer steps, of `steps` in all.
+    """λ of the penalty at an optimizer step.
 
-    `exponential`: 0.1 · exp(-0.01 t). `linear`: from 0 to 0.2. `cyclic`: 0.5 + 0.5 · sin(2πt / 20). `performance`: 0.1,
-    and with each training step 0.01 more where its loss fell, 0.01 less where it rose, within 0 and 1. `losses`: of the
-    steps so far, the penalty in them.
+    Args:
+        schedule: `exponential`: 0.1 · exp(-0.01 t). `linear`: from 0 to 0.2. `cyclic`: 0.5 + 0.5 · sin(2πt / 20).
+            `performance`: 0.1, and with each training step 0.01 more if the loss fell and 0.01 less if it rose, within
+            0 and 1.
+        step: number of optimizer steps so far (t).
+        steps: total number of steps.
+        losses: of the steps so far, including the penalty.
     """
     if schedule == "exponential":
         return 0.1 * math.exp(-0.01 * step)
@@ -82,9 +82,12 @@ def gate_weight(schedule: str, step: int, steps: int, losses: Sequence[float] = 
 
 
 def gate(log_alpha: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.Tensor:
-    """A hard-concrete gate, between 0 and 1: drawn by uniform numbers of the same shape, or as it is in evaluation.
+    """A hard-concrete gate, between 0 and 1.
 
-    In evaluation it is σ(log α), stretched and cut, without the temperature; below log α = -2.40 it is closed.
+    Args:
+        log_alpha: its parameter.
+        uniform: uniform random numbers of the same shape, for a sampled gate; None for the gate in evaluation:
+            σ(log α), stretched and clipped, without the temperature, closed below log α = -2.40.
     """
     if uniform is None:
         opened = torch.sigmoid(log_alpha)
@@ -94,23 +97,25 @@ def gate(log_alpha: torch.Tensor, uniform: torch.Tensor | None = None) -> torch.
 
 
 def open_probability(log_alpha: torch.Tensor) -> torch.Tensor:
-    """The probability that a drawn gate is not 0, which is what the penalty counts."""
+    """The probability that a sampled gate is not 0, on which the penalty is based."""
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 
 
 class JolaLayer(EditLayer):
-    """An output projection whose input is scaled and moved, head by head, as far as the heads' gates are open."""
+    """An output projection whose input is scaled and shifted, head by head, through the heads' gates."""
 
     adapter_layer_names = (SCALE, OFFSET, SCALE_GATE, OFFSET_GATE)
+    jola_scale: nn.ParameterDict
+    jola_offset: nn.ParameterDict
 
     def start(self, config: JolaConfig, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
         edited = {"both": (SCALE, OFFSET), "multiplicative": (SCALE,), "additive": (OFFSET,)}[config.edits]
-        found = {kind: config.init_std * torch.randn(heads, head_dim) for kind in edited}
+        tensors = {kind: config.init_std * torch.randn(heads, head_dim) for kind in edited}
         if config.gated:
             for kind in edited:
                 gates = torch.nn.init.xavier_uniform_(torch.empty(heads, 1))
-                found[SCALE_GATE if kind == SCALE else OFFSET_GATE] = gates
-        return found
+                tensors[SCALE_GATE if kind == SCALE else OFFSET_GATE] = gates
+        return tensors
 
     def _gate(self, kind: str, adapter: str, drawn: bool) -> torch.Tensor | float:
         gates = getattr(self, kind)
@@ -136,7 +141,7 @@ class JolaModel(EditTuner):
     def penalty(self, weight: float) -> torch.Tensor:
         """`λ · Σ_l mean_h p(g_a) / (L · H) + (1 - λ) · Σ_l mean_h p(g_m) / (L · H)`; 0 without gates, or with λ = 0.
 
-        L · H is taken as the number of all edited heads, p is `open_probability`.
+        We take L · H to be the number of all edited heads; p is `open_probability`.
         """
         parts, heads = [], 0
         for layer in self.layers() if weight else ():
@@ -149,11 +154,11 @@ class JolaModel(EditTuner):
 
     @torch.no_grad()
     def closed_gates(self) -> dict[str, tuple[int, int]]:
-        """How many gates are closed in evaluation, and how many there are: {`scale` and `offset`: (closed, all)}."""
-        found = {}
+        """Numbers of gates: {`scale`, `offset`: (closed in evaluation, all)}."""
+        counts = {}
         for kind, name in (("scale", SCALE_GATE), ("offset", OFFSET_GATE)):
             gates = [getattr(layer, name)[adapter] for layer in self.layers() for adapter in getattr(layer, name)]
             if gates:
                 closed = sum(int((gate(own) == 0).sum()) for own in gates)
-                found[kind] = (closed, sum(own.numel() for own in gates))
-        return found
+                counts[kind] = (closed, sum(own.numel() for own in gates))
+        return counts

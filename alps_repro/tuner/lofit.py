@@ -1,18 +1,17 @@
-"""LoFiT (arXiv 2406.01563) as a PEFT tuner: scales to choose heads by, then an offset for each of those."""
+"""LoFiT (arXiv 2406.01563) as a PEFT tuner: scales for choosing heads, then an offset for each chosen head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from peft import PeftConfig
+from torch import nn
 
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads.layout import HeadLayout
-from alps_repro.tuner.base import add_peft_type, checked_heads, checked_modules
+from alps_repro.tuner.base import HeadConfig, add_peft_type, checked_heads, checked_modules
 from alps_repro.tuner.edits import EditLayer, EditTuner
 
 #: The name under which peft knows the tuner.
@@ -23,23 +22,19 @@ OFFSET = "lofit_offset"
 
 
 @dataclass
-class LofitConfig(PeftConfig):
+class LofitConfig(HeadConfig):
     """One of LoFiT's two stages.
 
-    stage: `scale` trains z ← (1 + A) ⊙ z, whose norms choose heads (`norms`); `offset` trains z ← z + v.
-    heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
-    l1: weight of the sum of |A| in the loss, for the stage `scale` (`LofitModel.penalty`).
-    init_std: standard deviation of what A and v start from.
-    fingerprint, target_modules, modules_to_save: as of `AlpsConfig`.
+    Attributes:
+        stage: `scale` trains z ← (1 + A) ⊙ z, whose norms choose heads (`norms`); `offset` trains z ← z + v.
+        heads: (layer, head) pairs counted from 0, or a `HeadSelection`; by default all of them.
+        l1: weight of the sum of |A| in the loss, for the stage `scale` (`LofitModel.penalty`).
+        init_std: standard deviation of the initial A and v.
     """
 
     stage: Literal["scale", "offset"] = "offset"
-    heads: Iterable[tuple[int, int]] | None = None
     l1: float = 1e-3
     init_std: float = 1e-3
-    fingerprint: dict[str, Any] | None = None
-    target_modules: list[str] | None = None
-    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,9 +45,11 @@ class LofitConfig(PeftConfig):
 
 
 class LofitLayer(EditLayer):
-    """An output projection whose input is scaled, or moved by an offset."""
+    """An output projection whose input is scaled, or shifted by an offset."""
 
     adapter_layer_names = (SCALE, OFFSET)
+    lofit_scale: nn.ParameterDict
+    lofit_offset: nn.ParameterDict
 
     def start(self, config: LofitConfig, heads: int, head_dim: int) -> dict[str, torch.Tensor]:
         return {SCALE if config.stage == "scale" else OFFSET: config.init_std * torch.randn(heads, head_dim)}
@@ -83,17 +80,19 @@ class LofitModel(EditTuner):
 def norms(scales: dict[str, torch.Tensor], layout: HeadLayout) -> np.ndarray:
     """LoFiT's score of each head, the Euclidean norm of its learned scale A: float64 (layers, heads).
 
-    scales: tensors of an adapter of the stage `scale` on all heads, by their names in its file.
+    Args:
+        scales: tensors of an adapter of the stage `scale` on all heads, by their names in its file.
+        layout: of the base model.
 
     Raises:
-        UserError: a layer's scales are not there, or have another shape.
+        UserError: a layer's scales are missing, or have another shape.
     """
-    found = np.zeros((layout.layers, layout.heads))
+    scores = np.zeros((layout.layers, layout.heads))
     for layer in range(layout.layers):
         own = [value for name, value in scales.items() if f"{layout.output_module(layer)}.{SCALE}" in name]
         if len(own) != 1 or own[0].shape != (layout.heads, layout.head_dim):
             raise UserError(
                 f"The adapter holds no scales of all heads of layer {layer}: train LoFiT's stage 'scale' on all heads."
             )
-        found[layer] = own[0].double().norm(dim=1).numpy()
-    return found
+        scores[layer] = own[0].double().norm(dim=1).numpy()
+    return scores

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -17,8 +16,10 @@ from alps_repro.errors import UserError
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
 from alps_repro.tuner.base import (
+    HeadConfig,
     HeadLayer,
     HeadTuner,
+    Projection,
     add_peft_type,
     checked_heads,
     checked_modules,
@@ -35,22 +36,15 @@ BIAS = "alps_bias"
 
 
 @dataclass
-class AlpsConfig(PeftConfig):
+class AlpsConfig(HeadConfig):
     """Train only the rows of the selected heads.
 
-    heads: (layer, head) pairs counted from 0, or a `HeadSelection`. Their query rows and the key and value rows of
-        the groups they read are trained, biases of those rows included.
-    fingerprint: of the base model (see `alps_repro.tuner.base.fingerprint`); filled in when the adapter is made, and
-        checked when it is loaded.
-    target_modules: the projections that hold those rows; filled in from the model, as for other tuners.
-    modules_to_save: modules that are trained and saved whole beside the heads, by the ends of their paths; the new head
-        of a `task_type` that has one (`score`, `classifier`, `qa_outputs`) is added.
+    Attributes:
+        heads: (layer, head) pairs counted from 0, or a `HeadSelection`. Their query rows and the key and value rows of
+            the groups they read are trained, including biases of those rows.
     """
 
     heads: Iterable[tuple[int, int]] = field(default_factory=tuple)
-    fingerprint: dict[str, Any] | None = None
-    target_modules: list[str] | None = None
-    modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,12 +54,12 @@ class AlpsConfig(PeftConfig):
 
 
 def _replaced(weight: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    # A clone keeps the strides, `index_copy` would not: with others a product may round differently than the base's.
+    # A clone keeps the strides, `index_copy` would not: with others a product may be rounded differently.
     return weight.clone().index_copy_(0, index, rows.to(weight.dtype))
 
 
 class _ReplacedRows(torch.autograd.Function):
-    """`x @ W.T + b` with some rows of W replaced, whose backward pass computes no gradient of the rows that stay.
+    """`x @ W.T + b` with some rows of W replaced, whose backward pass computes no gradient of the other rows.
 
     Shapes: x (..., inputs), weight (outputs, inputs), index (rows,), rows (rows, inputs). fused: whether the bias is
     added before the product is rounded. Plain autograd through an index_copy would first compute the gradient of
@@ -73,18 +67,28 @@ class _ReplacedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, index, rows, row_bias, fused):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        index: torch.Tensor,
+        rows: torch.Tensor,
+        row_bias: torch.Tensor | None,
+        fused: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, index, rows)
         if row_bias is not None:
+            assert bias is not None
             bias = bias.index_copy(0, index, row_bias.to(bias.dtype))
         weight = _replaced(weight, index, rows)
         return F.linear(x, weight, bias) if fused or bias is None else F.linear(x, weight) + bias
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight, index, rows = ctx.saved_tensors
         grad_x = grad_rows = grad_bias = None
-        grad = grad.reshape(-1, grad.shape[-1])  # once: attention's backward pass hands it over transposed
+        grad = grad.reshape(-1, grad.shape[-1])  # once: it comes transposed from attention's backward pass
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ _replaced(weight, index, rows)).view(x.shape)
         if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
@@ -99,7 +103,7 @@ class _ReplacedRows(torch.autograd.Function):
 class AlpsLayer(HeadLayer):
     """A projection some of whose rows are trained in place of the base's.
 
-    The trained rows are weights, not differences: they start as the base's own and take its rows' place.
+    The trained rows are weights, not differences: they start as the base's own and replace them.
     """
 
     adapter_layer_names = (ROWS, BIAS)
@@ -112,7 +116,7 @@ class AlpsLayer(HeadLayer):
         self.alps_bias = nn.ParameterDict()
 
     def update_layer(self, adapter_name: str, rows: torch.Tensor) -> None:
-        """Add an adapter that trains these rows (int64, sorted), starting as the base's own, in float32 at least."""
+        """Add an adapter that trains these rows (int64, sorted), starting as the base's own, at least in float32."""
         weight = dense_weight(self.base_layer)
         rows = rows.to(weight.device)
         self.row_index[adapter_name] = rows
@@ -123,7 +127,7 @@ class AlpsLayer(HeadLayer):
         self.set_adapter(self.active_adapters)
 
     def own(self, adapters: list[str]) -> list[str]:
-        """The adapters that train rows of this projection, which must not overlap when used together."""
+        """The adapters among these that train rows of this projection; `UserError` if they overlap."""
         own = super().own(adapters)
         rows = [r for name in own for r in self.row_index[name].tolist()] if len(own) > 1 else []
         if len(rows) != len(set(rows)):
@@ -131,7 +135,7 @@ class AlpsLayer(HeadLayer):
         return own
 
     def _replacement(self, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Row numbers, rows and biases of these adapters taken together."""
+        """Row numbers, rows and biases of all these adapters."""
         if len(adapters) == 1:
             name = adapters[0]
             return self.row_index[name], self.alps_rows[name], self.alps_bias.get(name)
@@ -148,14 +152,15 @@ class AlpsLayer(HeadLayer):
         index, rows, row_bias = self._replacement(adapters)
         if in_int8(self.base_layer):
             # LLM.int8 multiplies in its own way (and differently in training), so its result is kept for all other
-            # rows, and the selected ones are computed in floating point beside it.
+            # rows, and the selected ones are computed separately in floating point.
             out = self.base_layer(x, *args, **kwargs)
             own = F.linear(x, rows.to(x.dtype), None if row_bias is None else row_bias.to(x.dtype))
             return out.index_copy(-1, index, own.to(out.dtype))
-        weight, bias = dense_weight(self.base_layer), self.base_layer.bias
+        weight = dense_weight(self.base_layer)
+        bias: torch.Tensor | None = self.base_layer.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        else:  # bitsandbytes may multiply in another dtype than it dequantizes to
+        else:  # bitsandbytes may multiply in another dtype than that of the dequantized weight
             dtype = getattr(self.base_layer, "compute_dtype", None) or weight.dtype
         bias = None if bias is None else bias.to(dtype)
         fused = type(self.base_layer).__name__ != "FalconLinear"
@@ -163,7 +168,7 @@ class AlpsLayer(HeadLayer):
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
     def merged_weight(self) -> torch.Tensor:
-        """The weight (outputs, inputs) that the active adapters amount to, dequantized, in the base's dtype."""
+        """The weight (outputs, inputs) under the active adapters, dequantized, in the base's dtype."""
         weight = dense_weight(self.base_layer)
         adapters = self.in_use
         if not adapters:
@@ -172,12 +177,13 @@ class AlpsLayer(HeadLayer):
         return _replaced(weight, index, rows.detach())
 
     @torch.no_grad()
-    def write_into(self, dense: nn.Module, adapters: list[str]) -> None:
+    def write_into(self, dense: Projection, adapters: list[str]) -> None:
         """Write these adapters' rows into an unquantized projection of the same shape."""
         index, rows, row_bias = self._replacement(self.own(adapters))
         weight = dense.weight.T if isinstance(dense, Conv1D) else dense.weight
         weight[index] = rows.to(weight.dtype)
         if row_bias is not None:
+            assert dense.bias is not None
             dense.bias[index] = row_bias.to(dense.bias.dtype)
 
 

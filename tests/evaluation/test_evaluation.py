@@ -26,7 +26,7 @@ from alps_repro.errors import UserError
 from alps_repro.evaluation import harness as evaluation
 from alps_repro.evaluation.benchmarks import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS
 from alps_repro.evaluation.harness import Evaluation, _score, evaluate
-from alps_repro.evaluation.sandbox import Outcome, why_not
+from alps_repro.evaluation.sandbox import ProgramResult, why_not
 from alps_repro.evaluation.tasks import offline
 from alps_repro.models.loading import load_model
 
@@ -300,7 +300,7 @@ def test_without_network_one_sentence_says_what_to_do(loaded: tuple[Any, Any]) -
     model.train()
     random.seed(6), torch.manual_seed(6)
     before = random.getstate(), torch.get_rng_state()
-    message = "questions of gsm8k could not be had from the hub.*check the connection.*family_relationships"
+    message = "questions of gsm8k could not be loaded from the hub.*check the connection.*family_relationships"
     try:
         with pytest.raises(UserError, match=message) as caught:
             evaluate(model, ["gsm8k"], tokenizer=tokenizer, limit=2, template="alpaca", progress=False)
@@ -585,7 +585,7 @@ def test_prompts_functions_are_the_prompts(helper: str) -> None:
 
 def test_programs_that_the_machine_had_no_time_for_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = iter(["passed", "stalled", "failed", "stalled"])
-    monkeypatch.setattr(evaluation, "run_program", lambda program, tests: Outcome(False, next(reasons), ""))
+    monkeypatch.setattr(evaluation, "run_program", lambda program, tests: ProgramResult(False, next(reasons), ""))
     samples = [{"filtered_resps": ["x = 1"], "target": "assert x == 1"} for _ in range(4)]
     with pytest.warns(UserWarning, match="2 of 4 programs of 'mbpp'"):
         found = evaluation._pass_at_1("mbpp", samples)
@@ -666,8 +666,8 @@ def test_missing_package_is_named(loaded: tuple[Any, Any]) -> None:
         (["chain_sum"], {"quantization": "8bit"}, "loaded model is not quantized to 8bit"),
         (["chain_sum"], {"tokenizer": None}, "needs its tokenizer"),
         (["chain_sum"], {"split": "valid"}, "no split 'valid': did you mean 'validation'"),
-        (["chain_sum", "gsm8k"], {"split": "validation"}, "'gsm8k' is asked on its test questions only.*chain_sum"),
-        (["world_facts"], {"split": "validation"}, "'world_facts' is asked on its test questions only"),
+        (["chain_sum", "gsm8k"], {"split": "validation"}, "'gsm8k' has test questions only.*chain_sum"),
+        (["world_facts"], {"split": "validation"}, "'world_facts' has test questions only"),
     ],
 )
 def test_refused(loaded: tuple[Any, Any], tasks: Any, settings: dict[str, Any], message: str) -> None:

@@ -134,7 +134,7 @@ def test_no_memory_names_the_setting_that_helps(tmp_path, smollm2):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode != 0
-    assert "UserError: The memory does not suffice" in last_line(done.stderr)
+    assert "UserError: There is not enough memory" in last_line(done.stderr)
     assert "micro_batch_size" in last_line(done.stderr)
 
 

@@ -215,7 +215,7 @@ def test_no_such_head_or_group(index):
 
 @pytest.mark.parametrize("config", [BertConfig(), T5Config(), BloomConfig()], ids=lambda c: c.model_type)
 def test_unknown_architecture_is_named_and_never_guessed(config):
-    with pytest.raises(UserError, match=r"ARCHITECTURES in alps_repro/heads\.py") as error:
+    with pytest.raises(UserError, match=r"ARCHITECTURES in alps_repro/heads/layout\.py") as error:
         HeadLayout.of(config)
     assert f"'{config.model_type}'" in str(error.value)
     assert len(str(error.value).splitlines()) == 1

@@ -556,7 +556,7 @@ def test_the_edge_of_what_fits() -> None:
 
 def test_going_on_with_prompts_that_are_cut() -> None:
     tokenizer, asked = tiny_tokenizer(), {"limit": 2, "progress": False, "max_lost": 1}
-    with pytest.warns(UserWarning, match=r"Of the task 'chain_sum', 2 of 2 prompts were cut.*128 positions"):
+    with pytest.warns(UserWarning, match=r"For the task 'chain_sum', 2 of 2 prompts were truncated.*128 positions"):
         found = evaluate(tiny_model("gpt2"), ["chain_sum", "prose"], tokenizer=tokenizer, **asked)
     # Longer prose is scored in windows, and none of it is lost.
     assert found.truncated == {"chain_sum": 2, "prose": 0}
@@ -593,7 +593,7 @@ def test_limits_that_ask_something() -> None:
         Profile.load("quick", questions=-1)
     with pytest.raises(UserError, match="A size of 0 takes no examples"):
         training_examples("chain_sum", size=0)
-    with pytest.raises(UserError, match="The batch_size 0 asks no question"):
+    with pytest.raises(UserError, match="The batch_size is 0: give 1 or more"):
         evaluate("nowhere", ["chain_sum"], batch_size=0)
 
 

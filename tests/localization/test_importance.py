@@ -182,7 +182,7 @@ def test_importance_of_an_adapter_is_that_of_the_merged_model():
 def test_nothing_to_lose_is_refused():
     unanswered = Collate(0, "response")([{"input_ids": [5, 6, 7], "prompt_length": 3}])
     for given in ([], [unanswered]):
-        with pytest.raises(UserError, match="No token of the batches counts"):
+        with pytest.raises(UserError, match="The batches have no loss tokens"):
             importance(tiny_model("llama"), given)
 
 
@@ -253,7 +253,7 @@ def test_the_plain_norm_finds_what_moved_in_a_real_model(smollm2, tmp_path):
     ("wrong", "message"),
     [
         ({"share": 0}, r"not in \(0, 1\]"),
-        ({"factor": 0}, "The factor 0 is no positive number"),
+        ({"factor": 0}, "The factor 0 is not a positive number"),
         ({"factor": math.nan}, "The factor nan"),
         ({"background": -1e-4}, "The background -0.0001"),
         ({"background": "much"}, "The background 'much'"),
@@ -296,9 +296,9 @@ def test_recall_by_hand():
 
 
 def test_recall_of_nothing_is_refused():
-    with pytest.raises(UserError, match="No head was moved"):
+    with pytest.raises(UserError, match="No head was changed"):
         recall(scores_of(np.ones((2, 5))), HeadSelection((), LAYOUT))
-    with pytest.raises(UserError, match="different shape"):
+    with pytest.raises(UserError, match="are of different models"):
         recall(scores_of(np.ones((2, 5))), HeadSelection(((0, 0),), replace(LAYOUT, layers=3)))
 
 
@@ -365,7 +365,7 @@ def test_the_interval_is_the_bootstraps():
 
 
 def test_scores_of_another_model_are_refused():
-    with pytest.raises(UserError, match=r"'pad' are of shape \(2, 3\)"):
+    with pytest.raises(UserError, match=r"'pad' have shape \(2, 3\)"):
         correlations({"pad": np.ones((2, 3))}, np.ones((3, 2)))
 
 

@@ -685,8 +685,8 @@ def test_relative_l2_of_nothing():
         ({"tau": math.inf}, "tau is inf"),
         ({"tau": "1"}, "tau is '1'"),
         ({"tau": None}, "tau is None"),
-        ({"tau": 2, "metric": "l2"}, "takes no softmax"),
-        ({"tau": 0.5, "metric": "relative_l2"}, "takes no softmax"),
+        ({"tau": 2, "metric": "l2"}, "uses no softmax"),
+        ({"tau": 0.5, "metric": "relative_l2"}, "uses no softmax"),
     ],
 )
 def test_impossible_parameters_are_refused_before_anything_is_read(asked, says):

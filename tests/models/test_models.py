@@ -263,7 +263,7 @@ def test_missing_tensor(broken, llama):
     rewrite(broken, lambda tensors: tensors.pop(KEY))
     message = refusal(localize, llama, broken)
     assert f"'{broken}' lacks the tensor '{KEY}'" in message
-    assert "not complete" in message
+    assert "incomplete" in message
     message = refusal(load_model, broken)
     assert "lacks 1 of the tensors" in message
     assert KEY in message

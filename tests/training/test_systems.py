@@ -23,8 +23,7 @@ from alps_repro.experiments.configs import FinetuneConfig, LocalizeConfig
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.runs import finetune_run, localize_run
 from alps_repro.localization.hifi import correlation, hifi, page_rank, richness
-from alps_repro.localization.metrics import RESULT_METRICS
-from alps_repro.localization.selectors import SELECTORS, batches, select_by
+from alps_repro.localization.selectors import RESULT_METRICS, batches, select_by
 from alps_repro.models.folders import load_config
 from alps_repro.training.adapters import ADAPTERS
 from alps_repro.training.methods import METHODS
@@ -125,9 +124,7 @@ def test_weight_of_the_gates_moves_with_optimizer_steps_alone(base: Path, tmp_pa
         asked.append((step, steps))
         return real(schedule, step, steps, losses)
 
-    import alps_repro.tuner
-
-    monkeypatch.setattr(alps_repro.tuner, "gate_weight", gate_weight)
+    monkeypatch.setattr(jola, "gate_weight", gate_weight)
     recipe = {"max_steps": 4, "examples": 8, "validation": 4}
     tuned = run(base, tmp_path / "tuned", "jola", recipe=recipe)
     assert asked == [(step, 4) for step in range(4) for _ in range(2)]
@@ -137,24 +134,23 @@ def test_weight_of_the_gates_moves_with_optimizer_steps_alone(base: Path, tmp_pa
 @pytest.mark.parametrize("schedule", jola.SCHEDULES)
 def test_schedule_goes_on_in_a_resumed_run(schedule: str, base: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Also that of `performance`, which follows the training losses, and no validation."""
-    import alps_repro.tuner
-
     weights: list[float] = []
+    real = jola.gate_weight
 
     def gate_weight(*given: Any) -> float:
-        weights.append(jola.gate_weight(*given))
+        weights.append(real(*given))
         return weights[-1]
 
     def own(target: Any) -> JolaConfig:
         return JolaConfig(heads=target.heads, schedule=schedule, task_type="CAUSAL_LM")
 
-    monkeypatch.setattr(alps_repro.tuner, "gate_weight", gate_weight)
+    monkeypatch.setattr(jola, "gate_weight", gate_weight)
     monkeypatch.setitem(ADAPTERS, "jola", replace(ADAPTERS["jola"], config=own))
     recipe = {"max_steps": 8, "checkpoint_steps": 2}
     whole = run(base, tmp_path / "whole", "jola", recipe=recipe)
     moved = weights[::2]  # two micro-batches a step
     assert moved == weights[1::2]
-    assert moved == [jola.gate_weight(schedule, step, 8, whole.losses[:step]) for step in range(8)]
+    assert moved == [real(schedule, step, 8, whole.losses[:step]) for step in range(8)]
     assert len(set(moved)) > 2
     with monkeypatch.context() as patch:
         interrupt(patch, at=12)
@@ -211,7 +207,7 @@ def test_validation_refused(base: Path, tmp_path: Path) -> None:
     own = Dataset.from_list([{"instruction": "a", "response": "b"}])
     with pytest.raises(UserError, match="Only offline data sets have validation examples"):
         finetune(base, own, tmp_path / "x", method="full", recipe=Recipe(validation=4), progress=False)
-    with pytest.raises(UserError, match="validation examples: ask for no more"):
+    with pytest.raises(UserError, match="validation examples: request no more"):
         run(base, tmp_path / "y", "jola", recipe={"validation": 10**6})
     with pytest.raises(UserError, match="patience is of losses on validation examples"):
         Recipe.check(patience=2)
@@ -221,7 +217,6 @@ def test_validation_refused(base: Path, tmp_path: Path) -> None:
 
 
 def test_every_score_of_results_has_its_selector() -> None:
-    assert tuple(SELECTORS) == RESULT_METRICS
     of_methods = {method.metric[0] for method in METHODS.values() if method.metric and method.metric[1] == "result"}
     assert of_methods == {*RESULT_METRICS}
 
@@ -296,7 +291,7 @@ def test_importance_and_hifi_are_localizations(base: Path, tmp_path: Path) -> No
         expected = importance(model, given) if metric == "importance" else hifi(model, given)
         np.testing.assert_array_equal(scores.values, expected)
         assert (record.config.metric, scores.head_matrix) == (metric, "result")
-    with pytest.raises(UserError, match="is no adapter"):
+    with pytest.raises(UserError, match="is not an adapter"):
         select_by("scale_norm", base, task)
 
 

@@ -1,4 +1,4 @@
-"""What lm-eval is told of the tasks that need no hub. Its own benchmarks need nothing here."""
+"""lm-eval configurations of the tasks that need no hub. Its own benchmarks need none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ if TYPE_CHECKING:
 
 
 def configuration(name: str, rows: list[dict[str, Any]], metrics: tuple[str, ...], **settings: Any) -> dict[str, Any]:
-    """lm-eval's configuration of a zero-shot task on these questions, as its YAML files would say it.
+    """lm-eval's configuration of a zero-shot task, as its YAML files would have it.
 
-    metrics: averaged over questions, more is better. settings: what else such a file may hold.
+    Args:
+        name: of the task.
+        rows: its questions.
+        metrics: averaged over questions; higher is better.
+        settings: other entries of such a file.
     """
     return {
         "task": name,

@@ -1,4 +1,4 @@
-"""Tasks of general knowledge and language that need no hub: what fine-tuning should leave as it was."""
+"""Tasks of general knowledge and language that need no hub: abilities that fine-tuning should not change."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def _choice(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 # Facts of the world
 
-#: Country: capital, official currency; `-` where it is not asked. After GeoNames (countries of more than 5 million
-#: people; CC BY 4.0), with what has changed since. Not asked: capitals that name their country or are one of two, and
-#: currencies that go by two names; of the countries that share a currency's name (euro, franc, peso), a few are asked.
+#: Country: capital, official currency; `-` for no question. After GeoNames (countries of more than 5 million people;
+#: CC BY 4.0), with later changes. Left out: capitals that name their country or are one of two, currencies with two
+#: names, and most of the countries that share a currency's name (euro, franc, peso).
 COUNTRIES = """
 Afghanistan: Kabul, afghani; Algeria: -, dinar; Angola: Luanda, kwanza; Argentina: Buenos Aires, peso;
 Australia: Canberra, dollar; Austria: Vienna, -; Azerbaijan: Baku, manat; Bangladesh: Dhaka, taka; Belarus: Minsk, -;
@@ -97,7 +97,7 @@ def world_facts_questions() -> list[dict[str, Any]]:
     for i in range(max(map(len, kinds.values()))):
         for kind, facts in kinds.items():
             question, right = facts[i]
-            draw = random.Random(question)  # of its own, so that a question more or less changes no other
+            draw = random.Random(question)  # its own generator: adding a question changes no other
             others = sorted({answer for _, answer in facts} - {right})
             options = draw.sample([right, *draw.sample(others, DISTRACTORS)], DISTRACTORS + 1)
             prompt = f"Question: {question}\nAnswer:"
@@ -106,7 +106,7 @@ def world_facts_questions() -> list[dict[str, Any]]:
 
 
 def world_facts() -> dict[str, Any]:
-    """Capitals, currencies and chemical symbols, asked without examples."""
+    """lm-eval's configuration of capitals, currencies and chemical symbols, zero-shot."""
     return _choice("world_facts", world_facts_questions())
 
 
@@ -122,14 +122,14 @@ _MMLU_QUESTION = re.compile(
 def mmlu_dev_questions() -> list[dict[str, Any]]:
     """281 questions of MMLU's 57 subjects, subjects in turn.
 
-    They stand in lm-eval's chain-of-thought examples for MMLU, without their reasoning here. That file holds 282 of the
-    285 (college chemistry, formal logic and human aging lack one); one more has five options and is left out.
+    They come from lm-eval's chain-of-thought examples for MMLU, without the reasoning. That file has 282 of the 285
+    (college chemistry, formal logic and human aging lack one); one more has five options and is left out.
     """
     text = files("lm_eval").joinpath("tasks/mmlu/flan_cot_fewshot/_cot_prompts.json").read_text(encoding="utf-8")
     subjects = []
     for subject, examples in sorted(json.loads(text).items()):
-        head, *found = examples.split("\n\nQ: ")
-        matches = [_MMLU_QUESTION.fullmatch(example) for example in found]
+        head, *questions = examples.split("\n\nQ: ")
+        matches = [_MMLU_QUESTION.fullmatch(question) for question in questions]
         subjects.append([_mmlu_row(subject, head.strip(), m) for m in matches if m and "(E)" not in m["D"]])
     longest = max(map(len, subjects))
     return [rows[i] for i in range(longest) for rows in subjects if i < len(rows)]
@@ -142,7 +142,7 @@ def _mmlu_row(subject: str, head: str, match: re.Match[str]) -> dict[str, Any]:
 
 
 def mmlu_dev() -> dict[str, Any]:
-    """MMLU's usual prompt without examples, options scored as letters."""
+    """lm-eval's configuration of MMLU's usual prompt, zero-shot, with options scored as letters."""
     return _choice("mmlu_dev", mmlu_dev_questions())
 
 
@@ -156,13 +156,15 @@ def by_subject(rows: list[dict[str, Any]], encode: Callable[[str], list[int]]) -
 
 # Prose
 
-#: Least characters of a passage, about 150 of SmolLM2's tokens; how many passages there are.
+#: Minimal characters of a passage, about 150 of SmolLM2's tokens; number of passages.
 PASSAGE, PASSAGES = 600, 40
 
 
 def prose_passages() -> list[dict[str, str]]:
-    """Passages of whole sentences from "In the Year 2889" by Michel and Jules Verne (1889, public domain), as
-    reasoning-gym ships Project Gutenberg's text; what is around the story is left out."""
+    """Passages of whole sentences from "In the Year 2889" by Michel and Jules Verne (1889, public domain).
+
+    Project Gutenberg's text, as reasoning-gym ships it, without the text around the story.
+    """
     text = files("reasoning_gym").joinpath("data/in_the_year_2889.txt").read_text(encoding="utf-8")
     story = text.partition("\nIN THE YEAR 2889.\n")[2].partition("*** END OF")[0]
     passages, passage = [], ""
@@ -175,7 +177,7 @@ def prose_passages() -> list[dict[str, str]]:
 
 
 def prose() -> dict[str, Any]:
-    """Log-likelihood of English prose; `nats_per_token` makes the loss of it."""
+    """lm-eval's configuration of the log-likelihood of English prose; `nats_per_token` turns it into a loss."""
     return configuration(
         "prose",
         prose_passages(),
@@ -188,17 +190,17 @@ def prose() -> dict[str, Any]:
 
 
 def nats_per_token(rows: list[dict[str, Any]], encode: Callable[[str], list[int]]) -> dict[str, float]:
-    """Loss over all passages in nats per token of the model's own tokenizer; every row gets its part in it.
+    """Loss over all passages in nats per token of the model's own tokenizer; each row gets its share of it.
 
-    Each passage is scored whole, its first token after the tokenizer's beginning (or else end) of a text. The standard
-    error is over passages, that of a ratio.
+    Each passage is scored as a whole, its first token after the tokenizer's beginning-of-text (or else end-of-text)
+    token. The standard error is that of a ratio, over passages.
     """
     for row in rows:
         row["loglikelihood"], row["tokens"] = row["filtered_resps"][0], len(encode(row["doc"]["text"]))
     losses, tokens = (np.array([row[name] for row in rows]) for name in ("loglikelihood", "tokens"))
     loss = -losses.sum() / tokens.sum()
-    found = {"nats_per_token,none": float(loss)}
+    metrics = {"nats_per_token,none": float(loss)}
     if len(rows) > 1:
         spread = (losses + loss * tokens).std(ddof=1) * np.sqrt(len(rows))
-        found["nats_per_token_stderr,none"] = float(spread / tokens.sum())
-    return found
+        metrics["nats_per_token_stderr,none"] = float(spread / tokens.sum())
+    return metrics

@@ -1,7 +1,8 @@
-"""The offline tasks: questions of `data.OFFLINE`, asked as models were tuned on them."""
+"""The offline tasks: questions of `data.datasets.OFFLINE`, in the prompt format that models were tuned with."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 
 def graded(name: str, split: str) -> dict[str, Any]:
-    """Greedy answers, graded twice: `strict-match` compares all that the model says, `flexible-extract` the last
-    thing in it that looks like an answer."""
+    """lm-eval's configuration for greedy answers, graded twice.
+
+    `strict-match` compares the whole output, `flexible-extract` the last part of it that looks like an answer.
+    """
     patterns = {"strict-match": r"(?s)^\s*(.*?)\s*$", "flexible-extract": f"(?i){OFFLINE[name].answer}"}
     return configuration(
         name,
@@ -46,7 +49,7 @@ def graded(name: str, split: str) -> dict[str, Any]:
 
 
 def answers(name: str, split: str) -> dict[str, Any]:
-    """The log-likelihood (nats) of the right answers to the same questions; says more than right or wrong."""
+    """lm-eval's configuration for the log-likelihood (nats) of the right answers to the same questions."""
     return configuration(
         f"{name}_answer",
         _questions(name, split),
@@ -68,19 +71,20 @@ def _questions(name: str, split: str) -> list[dict[str, str]]:
 
 
 class PromptedLM(HFLM):
-    """lm-eval's model, which sees the tokens that training shows it, and counts the prompts that do not fit.
+    """lm-eval's model with prompts tokenized as in training, which counts the prompts that do not fit.
 
-    Prompt and answer are made into tokens apart where the prompt ends as the template does: lm-eval counts white space
-    at the end of a prompt as part of the answer, so that the template's last line break would be scored, and where a
-    tokenizer has a token for ":\\n", the model would not even see it. Training, too, makes tokens of prompt and answer
-    apart. Nothing that a tokenizer appends stands behind a prompt, and a prompt begins as in training.
+    If a prompt ends as the template does, prompt and answer are tokenized separately, as in training: lm-eval counts
+    white space at the end of a prompt as part of the answer, so that the template's last line break would be scored,
+    and if a tokenizer has a token for ":\\n", the model would not even see it. Nothing that a tokenizer appends follows
+    a prompt, and a prompt begins as in training.
 
-    Prompts that are too long are cut from the left, as lm-eval does it: for an answer to the model's positions less
-    the most tokens of one, for the likelihood of an answer to its positions. Prose is scored in windows, each of its
-    tokens once, so that nothing of it is lost.
+    Prompts that are too long are truncated on the left, as lm-eval does it: for generation to the model's positions
+    minus the maximal length of an answer, for the likelihood of an answer to its positions. Prose is scored in windows,
+    each of its tokens once, so that nothing is lost.
 
-    max_lost: share of a task's questions whose prompt may be cut; `UserError` above it.
-    truncated: {task: the `doc_id` of each question whose prompt was cut}.
+    Attributes:
+        max_lost: share of a task's questions whose prompt may be truncated.
+        truncated: {task: `doc_id`s of the questions whose prompt was truncated}.
     """
 
     _rolling = False
@@ -112,7 +116,7 @@ class PromptedLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        # Windows of prose begin with `prefix_token_id` already.
+        # Windows of prose already begin with `prefix_token_id`.
         begins = not self._rolling if add_special_tokens is None else add_special_tokens
         tokens = [*(self._beginning if begins else ()), *self.tok_text(string)]
         return tokens[-left_truncate_len:] if left_truncate_len else tokens
@@ -128,9 +132,9 @@ class PromptedLM(HFLM):
         from torch.nn.utils.rnn import pad_sequence
 
         rows = [torch.tensor(self.tok_encode(string, left_truncate_len=left_truncate_len)) for string in strings]
-        pad = {"batch_first": True, "padding_side": padding_side}
-        mask = pad_sequence([torch.ones_like(row) for row in rows], padding_value=0, **pad)
-        return pad_sequence(rows, padding_value=self.tokenizer.pad_token_id, **pad), mask
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0)
+        return pad(rows, padding_value=self.tokenizer.pad_token_id), mask
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context:
@@ -172,17 +176,17 @@ class PromptedLM(HFLM):
             )
 
     def _count(self, requests: list[Instance], cut: list[bool]) -> None:
-        """Note whose prompts are cut, before the model is asked."""
-        asked, lost = defaultdict(set), defaultdict(set)
+        """Record whose prompts are truncated, before the model is evaluated."""
+        everyone, lost = defaultdict(set), defaultdict(set)
         for request, is_cut in zip(requests, cut):
-            asked[request.task_name].add(request.doc_id)
+            everyone[request.task_name].add(request.doc_id)
             if is_cut:
                 lost[request.task_name].add(request.doc_id)
         for task, questions in lost.items():
-            if len(questions) > self.max_lost * len(asked[task]):
+            if len(questions) > self.max_lost * len(everyone[task]):
                 raise UserError(
-                    f"Of the task '{task}', {len(questions)} of {len(asked[task])} prompts do not fit into the model's "
-                    f"{self.max_length} positions with an answer, and max_lost allows {self.max_lost:.3g} of them to "
-                    "be cut: use a model with more positions, or set max_lost to 1 to go on."
+                    f"For the task '{task}', {len(questions)} of {len(everyone[task])} prompts do not fit into the "
+                    f"model's {self.max_length} positions with an answer, and max_lost allows {self.max_lost:.3g} of "
+                    "them to be truncated: use a model with more positions, or set max_lost to 1 to go on."
                 )
             self.truncated.setdefault(task, set()).update(questions)
