@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from alps_repro.experiments.records import Record, load_record, record_path
 from alps_repro.experiments.runs import RUNS
 
 #: Of runs other than evaluations, the numbers whose mean is compared with the record's where they need not be equal.
-NUMBERS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+NUMBERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "localize": ("score, mean over heads", lambda result: result["values"]),
     "finetune": ("training loss, mean over steps", lambda result: result["losses"]),
     "recall": ("recall, mean over all tests", lambda result: [row["recall"] for row in result["rows"]]),

@@ -6,7 +6,6 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -102,7 +101,7 @@ def _result(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def _scores(record: Record) -> Iterator[tuple[str, str]]:
-    result: dict[str, Any] = record.result
+    result = record.result
     for row in tables.summary([record]).to_dict("records"):
         task = str(row["task"])
         text = score_text(task, result["scores"][task])

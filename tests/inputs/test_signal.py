@@ -174,6 +174,6 @@ def test_other_selectors_without_a_difference(tmp_path: Path, monkeypatch: pytes
 
     base = tiny_checkpoint(tmp_path / "base")
     for values in (np.zeros((2, 4)), np.ones((2, 4))):
-        monkeypatch.setitem(selectors.SELECTORS, "scale_norm", lambda base, task, values=values, **asked: values)
+        monkeypatch.setitem(selectors.RESULT_METRICS, "scale_norm", lambda base, task, values=values, **asked: values)
         with pytest.raises(UserError, match="have the same score by 'scale_norm'"):
             select_by("scale_norm", base, "task")
