@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -265,28 +266,34 @@ def correlations(
         UserError: scores and importance have different shapes.
     """
     import pandas as pd
+    from scipy.stats import bootstrap
 
-    resampled = np.random.default_rng(seed).integers(importance.size, size=(resamples, importance.size))
-    ranks, top = _ranks(importance, resampled), head_count(ratio, importance.size)
-    rows = []
+    top, rows = head_count(ratio, importance.size), []
     for metric, values in scores.items():
         if values.shape != importance.shape:
             raise UserError(
                 f"The scores '{metric}' have shape {values.shape} and the importance {importance.shape}: compare heads "
                 "of the same model."
             )
-        low, high = np.nanpercentile((_ranks(values, resampled) * ranks).sum(1), [2.5, 97.5])
+        resampled = bootstrap(
+            (values.ravel(), importance.ravel()),
+            _spearman,
+            paired=True,
+            n_resamples=resamples,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+        low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
         rows.append({"metric": metric, **_agreement(values, importance, top, low=float(low), high=float(high))})
     return pd.DataFrame(rows)
 
 
-def _ranks(values: np.ndarray, resampled: np.ndarray) -> np.ndarray:
-    """Ranks of the values in each resample, centred and of length 1."""
-    from scipy.stats import rankdata
+def _spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+    from scipy.stats import pearsonr, rankdata
 
-    centred = rankdata(values.ravel()[resampled], axis=1) - (values.size + 1) / 2
-    with np.errstate(invalid="ignore"):  # a resample of equal values has no correlation
-        return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a resample of equal values has no correlation
+        return pearsonr(rankdata(x, axis=axis), rankdata(y, axis=axis), axis=axis).statistic
 
 
 def _agreement(values: np.ndarray, importance: np.ndarray, top: int, **interval: float) -> dict[str, float]:
