@@ -128,7 +128,7 @@ def test_localize_says_ties_and_dtypes(models: Path, tmp_path: Path) -> None:
     warned = [line for line in first.stderr.splitlines() if line.startswith("alps-repro: ")]
     assert len(warned) == 2
     assert warned[0].endswith("both are compared in bfloat16, so that rounding does not count as change.")
-    assert "ends among 1 of 7 heads of the same score, 0: which of these are taken" in warned[1]
+    assert "ends among 1 of 7 heads of the same score, 0: these are selected" in warned[1]
     assert warned[1:] == [line for line in again.stderr.splitlines() if line.startswith("alps-repro: ")]
     for done in (first, again):
         assert "both models compared in bfloat16, the coarser of what they are stored in" in done.stdout
