@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from measured import median, save
-from training import VARIANTS, prepare, train
+from training import METHOD_OF, VARIANTS, prepare, train
 
 STEPS = 6  # the first warms up and is left out
 BATCH, LENGTH, RESPONSE = 8, 512, 128
@@ -91,18 +91,11 @@ def planned(name: str, variant: str) -> float | None:
     """What the plan says that torch holds at most, for variants that are methods of the package."""
     from alps_repro.experiments.configs import FinetuneConfig
     from alps_repro.experiments.plan import Lengths, memory
+    from alps_repro.training.methods import METHODS
 
-    methods = {
-        "alps_heads": ("random", "heads"),
-        "alps_heads_4bit": ("random", "heads"),
-        "alps_all": ("random", "all"),
-        "full_heads": ("full", "heads"),
-        "full_answer_only": ("full", "all"),
-        "lora_128": ("lora", "heads"),
-    }
-    if variant not in methods:
+    method, scope = METHOD_OF.get(variant.removesuffix("_4bit"), ("", ""))
+    if not method or METHODS[method].uses_scores:
         return None
-    method, scope = methods[variant]
     config = FinetuneConfig.check(
         base=name,
         dataset="alpaca",

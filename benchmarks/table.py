@@ -6,7 +6,7 @@ import json
 
 import pandas as pd
 from measured import RESULTS, median
-from training import VARIANTS
+from training import VARIANTS, variant_of
 
 from alps_repro.experiments.records import load_records, write_whole
 
@@ -123,9 +123,8 @@ def gpu(found: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-#: The model that methods are compared on, and the measured variant that trains what an adapter trains.
+#: The model that methods are compared on.
 BENCH = "meta-llama/Llama-3.2-1B"
-MEASURED = {"shira": "shira_matched", "dora": "dora_matched", "offsets": "offsets", "jola": "jola"}
 
 
 def methods(found: dict) -> pd.DataFrame:
@@ -141,11 +140,7 @@ def methods(found: dict) -> pd.DataFrame:
         asked = {"localization": LocalizeConfig.check(base=BENCH, task_model=BENCH)} if method.uses_scores else {}
         config = FinetuneConfig.check(base=BENCH, dataset="alpaca", method=name, scope="heads", **asked)
         least, most = (0, 0) if name == "no_attn" else trained_parameters(config)
-        variant = MEASURED.get(method.adapter)
-        if method.adapter == "rows":
-            variant = {"no_attn": None, "full": "full_heads"}.get(name, "alps_heads")
-        elif method.adapter == "lora":
-            variant = {"lora": "lora_128"}.get(name, name)
+        variant = variant_of(name)
         rounds = found["models"][BENCH][variant] if variant else []
         rows.append(
             {

@@ -30,14 +30,6 @@ VARIANTS = {
     "lora_128": "LoRA of rank 128 on q, k, v, this package's loss",
 }
 
-#: Other systems, by their adapter: on the same heads, or parameter-matched.
-ADAPTED = {
-    "lora_matched": "lora",
-    "dora_matched": "dora",
-    "shira_matched": "shira",
-    "offsets": "offsets",
-    "jola": "jola",
-}
 VARIANTS |= {
     "lora_matched": "LoRA on q, k, v, parameter-matched to 10 % of heads, this package's loss",
     "dora_matched": "DoRA on q, k, v of the same rank, this package's loss",
@@ -45,6 +37,29 @@ VARIANTS |= {
     "offsets": "an offset for each of 10 % of heads (LoFiT), this package's loss",
     "jola": "JoLA, all heads, this package's loss",
 }
+
+#: The method and scope of the variants that are those of a method; which heads are selected does not change their cost.
+METHOD_OF = {
+    "alps_heads": ("random", "heads"),
+    "alps_all": ("random", "all"),
+    "full_heads": ("full", "heads"),
+    "full_answer_only": ("full", "all"),
+    "lora_128": ("lora", "heads"),
+    "lora_matched": ("lora_matched", "heads"),
+    "dora_matched": ("dora_matched", "heads"),
+    "shira_matched": ("shira_matched", "heads"),
+    "offsets": ("random_offset", "heads"),
+    "jola": ("jola", "heads"),
+}
+
+
+def variant_of(method: str) -> str | None:
+    """The variant that measures a method in scope heads: its own, or that of other heads trained alike."""
+    from alps_repro.training.methods import METHODS
+
+    variants = {name: variant for variant, (name, scope) in METHOD_OF.items() if scope == "heads"}
+    alike = (variant for name, variant in variants.items() if METHODS[name].adapter == METHODS[method].adapter)
+    return None if method == "no_attn" else variants.get(method) or next(alike, None)
 
 
 def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: object, rows: object) -> tuple:
@@ -83,13 +98,17 @@ def prepare(variant: str, model: torch.nn.Module, tokenizer: object, heads: obje
 
         lora = LoraConfig(r=128, target_modules=["q_proj", "k_proj", "v_proj"])
         return get_peft_model(model, lora), rows, collate
-    if variant in ADAPTED:
+    if variant in METHOD_OF and METHOD_OF[variant][1] == "heads":
         from alps_repro.training.adapters import lora_weights
-        from alps_repro.training.methods import row_weights
+        from alps_repro.training.methods import METHODS, row_weights
 
         rank = round(row_weights(heads) / lora_weights(layout))
         heads = HeadSelection.all(layout) if variant == "jola" else heads
-        return trainable(model, heads, "heads", adapter=ADAPTED[variant], rank=rank), rows, collate
+        return (
+            trainable(model, heads, "heads", adapter=METHODS[METHOD_OF[variant][0]].adapter, rank=rank),
+            rows,
+            collate,
+        )
     return model, rows, collate
 
 
@@ -215,7 +234,7 @@ def floor(variant: str, config: object, heads: object, rows: object) -> dict[str
         own, total = 6 * tokens * trained, total + trained
     elif variant == "shira_matched":  # a product of its own, sparse
         own, trained = 2 * tokens * trained_rows(heads), trained_rows(heads)
-    elif variant in ADAPTED:  # some operations a number of the heads' results, which are not worth counting
+    elif variant in ("offsets", "jola"):  # a few operations per number of the per-head outputs are not counted
         every = layers * config.num_attention_heads
         trained = every * (2 * config.head_dim + 2) if variant == "jola" else len(heads) * config.head_dim
     kept = 2 * hidden + 2 * attended + 2 * shared + 2 * wide + everything * (2 * hidden + wide)

@@ -315,18 +315,20 @@ def test_public_configurations_are_those_of_the_package() -> None:
     assert (alps_repro.JolaConfig, alps_repro.LofitConfig) == (JolaConfig, LofitConfig)
 
 
-def test_equal_time_is_that_of_the_measured_steps() -> None:
+def test_equal_time_is_that_of_the_measured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Profile grid-time differs from grid by steps alone, and these by the bench alone."""
     grid, timed = Profile.load("grid"), Profile.load("grid-time")
     found = json.loads((ROOT / "results" / "benchmarks" / "gpu.json").read_text())["models"]["meta-llama/Llama-3.2-1B"]
     seconds = {name: np.median([s for one in rounds for s in one["seconds"]]) for name, rounds in found.items()}
-    variants = {"rows": "alps_heads", "offsets": "offsets", "dora": "dora_matched", "shira": "shira_matched"}
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from training import variant_of
+
     ablations = {"jola_additive", "jola_multiplicative", "jola_ungated"}
     assert timed.methods == tuple(name for name in grid.methods if name not in ablations)
     for name in timed.methods:
-        kind = METHODS[name].adapter
-        variant = "full_heads" if name == "full" else name if kind == "lora" else variants.get(kind, "jola")
         before, after = (profile.finetuning(profile.run(method=name)).recipe for profile in (grid, timed))
-        assert after == before.model_copy(update={"max_steps": round(80 * seconds["alps_heads"] / seconds[variant])})
+        assert after == before.model_copy(
+            update={"max_steps": round(80 * seconds["alps_heads"] / seconds[variant_of(name)])}
+        )
     own = {"about", "methods", "recipes", "results", "search", "tables"}
     assert timed.model_dump(exclude=own) == grid.model_dump(exclude=own)
