@@ -298,10 +298,10 @@ def test_importance_and_hifi_are_localizations(base: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ({"metric": "hifi", "head_matrix": "result"}, "ask examples of a `dataset`"),
-        ({"metric": "scale_norm", "head_matrix": "result", "dataset": "gcd"}, "and scale_norm none"),
+        ({"metric": "hifi", "head_matrix": "result"}, "use examples of a `dataset`"),
+        ({"metric": "scale_norm", "head_matrix": "result", "dataset": "gcd"}, "scale_norm uses none"),
         ({"metric": "hifi", "dataset": "gcd"}, "say head_matrix 'result'"),
-        ({"metric": "pad", "dataset": "gcd"}, "asks no examples"),
+        ({"metric": "pad", "dataset": "gcd"}, "uses no examples"),
     ],
 )
 def test_localization_refused(asked: dict[str, Any], words: str) -> None:
