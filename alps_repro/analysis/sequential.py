@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
@@ -44,24 +45,18 @@ class Estimate:
 
     def p(self) -> float:
         """Two-sided p of no difference, for this look alone (Student's t)."""
-        from scipy.stats import t
-
         if self.error == 0:
             return float(self.effect == 0)
-        return float(2 * t.sf(abs(self.effect) / self.error, self.df))
+        return float(2 * stdtr(self.df, -abs(self.effect) / self.error))
 
     def interval(self, p: float) -> tuple[float, float]:
         """The interval whose two-sided error rate at this look is `p`."""
-        from scipy.stats import t
-
-        half = float(t.isf(p / 2, self.df)) * self.error
+        half = -float(stdtrit(self.df, p / 2)) * self.error
         return self.effect - half, self.effect + half
 
     def minimum_detectable(self, p: float, power: float = POWER) -> float:
         """The true difference that a test at `p` finds significant with this power, given the standard error."""
-        from scipy.stats import t
-
-        return float(t.isf(p / 2, self.df) + t.ppf(power, self.df)) * self.error
+        return float(stdtrit(self.df, power) - stdtrit(self.df, p / 2)) * self.error
 
 
 def stratified(differences: Mapping[str, Sequence[float]]) -> Estimate:
@@ -93,34 +88,38 @@ def crossing(bound: float, looks: tuple[int, ...]) -> float:
     Args:
         looks: information at each look, such as the number of seeds, rising.
     """
-    from scipy.stats import norm
-
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    nodes, weights = bound * nodes, bound * weights
+    nodes, weights = (bound * values for values in _quadrature())
     times = np.diff([0, *looks]) / looks[-1]
-    density = norm.pdf(nodes, scale=math.sqrt(times[0]))
+    density = _normal(nodes, times[0])
     for time in times[1:]:
-        density = norm.pdf(nodes[:, None] - nodes, scale=math.sqrt(time)) @ (weights * density)
+        density = _normal(nodes[:, None] - nodes, time) @ (weights * density)
     return max(0.0, 1 - float(weights @ density))
+
+
+@functools.cache
+def _quadrature() -> tuple[np.ndarray, np.ndarray]:
+    return np.polynomial.legendre.leggauss(NODES)
+
+
+def _normal(x: np.ndarray, variance: float) -> np.ndarray:
+    """The density of a normal distribution around 0."""
+    return np.exp(x * x / (-2 * variance)) / math.sqrt(2 * math.pi * variance)
 
 
 @functools.cache
 def nominal_p(alpha: float, looks: tuple[int, ...]) -> tuple[float, ...]:
     """The two-sided p that each look rejects at, so that all looks together reject a true null with `alpha`."""
     from scipy.optimize import brentq
-    from scipy.stats import norm
 
     # No lower than a single look's bound, no higher than Bonferroni's.
-    low, high = norm.isf(alpha / 2), norm.isf(alpha / (2 * len(looks)))
+    low, high = -ndtri(alpha / 2), -ndtri(alpha / (2 * len(looks)))
     bound = brentq(lambda c: crossing(c, looks) - alpha, low - 1e-9, high + 1e-9) if len(looks) > 1 else low
-    return tuple(float(2 * norm.sf(bound * math.sqrt(looks[-1] / look))) for look in looks)
+    return tuple(float(2 * ndtr(-bound * math.sqrt(looks[-1] / look))) for look in looks)
 
 
 def overall_p(p: float, look: int, looks: tuple[int, ...]) -> float:
     """The alpha whose bounds a p at one look just reaches: the group-sequential p of that look."""
-    from scipy.stats import norm
-
-    return crossing(float(norm.isf(p / 2)) * math.sqrt(looks[look] / looks[-1]), looks) if p < 1 else 1.0
+    return crossing(-float(ndtri(p / 2)) * math.sqrt(looks[look] / looks[-1]), looks) if 0 < p < 1 else float(p > 0)
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def decide(
 ) -> dict[str, Decision]:
     """The verdicts of a family of hypotheses at the looks that are done.
 
-    A difference that is significant is better or worse, however small; of the others, those whose repeated interval lies
-    within the margin are equivalent.
+    A significant difference is better or worse, however small; of the others, those whose repeated interval lies within
+    the margin are equivalent.
 
     Args:
         estimates: of each look done so far, an estimate of each hypothesis.
