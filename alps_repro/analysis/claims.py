@@ -17,12 +17,12 @@ import numpy as np
 
 from alps_repro.analysis.figures import save
 from alps_repro.analysis.forest import ForestRow, forest, margin_text
-from alps_repro.analysis.statistics import Effect, Stratum, effect
+from alps_repro.analysis.statistics import Effect, Stratum, effect, over_seeds
 from alps_repro.analysis.tables import lower_is_better
 from alps_repro.analysis.timing import MEASURED, benchmark, seconds
 from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig
-from alps_repro.experiments.grid import SIZES, TABLES, Cell
+from alps_repro.experiments.grid import SYSTEMS, TABLES, Cell
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.recorded import recorded_cells
 from alps_repro.experiments.records import Record, write_whole
@@ -229,9 +229,9 @@ CLAIMS |= {
         claim,
         statement=f"{claim.statement}, {size} examples",
         says=f"{claim.says or claim.statement}, {size} examples",
-        table=f"{claim.table}_{size}",
+        table=table,
     )
-    for size in SIZES
+    for table, size in SYSTEMS.items()
     for name, claim in _ON_SYSTEMS.items()
 }
 
@@ -481,12 +481,9 @@ def _time() -> list[dict[str, Any]]:
 
 def _over_rounds(saved: np.ndarray) -> Effect:
     """The mean over rounds with its interval by Student's t; NaN of one round."""
-    from scipy.stats import sem, t
-
     mean, half, power = float(saved.mean()), math.nan, math.nan
     if len(saved) > 1:
-        error, degrees = float(sem(saved)), len(saved) - 1
-        half, power = float(t.ppf(0.975, degrees)) * error, float(t.ppf(0.8, degrees)) * error
+        half, power = over_seeds(list(saved)), over_seeds(list(saved), 0.8)
     return Effect(mean, mean - half, mean + half, half + power)
 
 

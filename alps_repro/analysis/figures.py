@@ -21,7 +21,7 @@ from alps_repro.analysis.paper import LABELS, differences
 from alps_repro.analysis.tables import paper_table
 from alps_repro.errors import UserError, one_of
 from alps_repro.experiments.configs import FinetuneConfig
-from alps_repro.experiments.grid import SIZES, cells
+from alps_repro.experiments.grid import SYSTEMS, cells
 from alps_repro.experiments.profile import Profile
 from alps_repro.experiments.recorded import recorded_cells
 from alps_repro.experiments.records import Record, find_record
@@ -490,10 +490,8 @@ FIGURES: dict[str, PaperFigure] = {
     "figure6": PaperFigure("Heads transferred to another data set", "table4", transfer),
     "figure7": PaperFigure("The base model's embeddings of the questions", "table4", embeddings, embeds=True),
 } | {
-    f"systems_{size}": PaperFigure(
-        f"Scores of all systems, {size} training examples", f"systems_{size}", partial(systems, table=f"systems_{size}")
-    )
-    for size in SIZES
+    name: PaperFigure(f"Scores of all systems, {size} training examples", name, partial(systems, table=name))
+    for name, size in SYSTEMS.items()
 }
 
 

@@ -18,11 +18,12 @@ def interval(score: float, questions: int) -> tuple[float, float]:
     return float(limits.low), float(limits.high)
 
 
-def over_seeds(scores: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean over training seeds (Student's t, seeds - 1 degrees of freedom)."""
+def over_seeds(scores: Sequence[float], quantile: float = 0.975) -> float:
+    """How far a quantile lies from a mean over training seeds or rounds (Student's t, their number - 1 degrees of
+    freedom); by default half the width of the 95 % interval."""
     from scipy.stats import sem, t
 
-    return float(t.ppf(0.975, len(scores) - 1) * sem(scores))
+    return float(t.ppf(quantile, len(scores) - 1) * sem(scores))
 
 
 @dataclass(frozen=True)

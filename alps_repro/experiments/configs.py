@@ -6,14 +6,15 @@ An evaluation holds the fine-tuning it evaluates, which holds the localization t
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from alps_repro.data.datasets import OFFLINE, check_dataset
 from alps_repro.data.prompts import MAX_LOST
+from alps_repro.devices import Device
 from alps_repro.errors import one_of
-from alps_repro.evaluation.benchmarks import check_limit, check_tasks
+from alps_repro.evaluation.benchmarks import Autocast, Dtype, Split, Template, check_limit, check_tasks
 from alps_repro.localization.metrics import RESULT, check_metric
 from alps_repro.localization.selectors import RESULT_METRICS
 from alps_repro.models.checks import QUANTIZATIONS
@@ -70,7 +71,7 @@ class LocalizeConfig(Settings):
     ground: str = "position"
     dataset: str | None = Field(None, description="whose examples importance and hifi use")
     questions: int = Field(64, gt=0, description="number of these examples")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where importance and hifi run a model")
+    device: Device = Field("auto", description="where importance and hifi run a model")
     max_lost: MaxLost = Field(MAX_LOST, description="share of them that may be cut, dropped or empty")
 
     @model_validator(mode="after")
@@ -109,19 +110,15 @@ class EvaluateConfig(Settings):
     limit: Limit = Field(None, description="questions per task; None: all of them")
     batch_size: int = Field(16, gt=0)
     quantization: str = "none"
-    template: Literal["none", "alpaca"] = Field(
+    template: Template = Field(
         "none", description="prompt template around lm-eval's own text; offline tasks carry the Alpaca template"
     )
-    split: Literal["test", "validation"] = Field(
-        "test", description="of offline tasks; validation questions are for choosing learning rates"
-    )
-    autocast: Literal["none", "bfloat16", "float16"] = Field(
+    split: Split = Field("test", description="of offline tasks; validation questions are for choosing learning rates")
+    autocast: Autocast = Field(
         "none", description="what matrices are multiplied in, where not in the weights' own dtype"
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="what weights are loaded in, the same for every model of a comparison"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    dtype: Dtype = Field("float32", description="what weights are loaded in, the same for every model of a comparison")
+    device: Device = Field("auto", description="auto: the GPU where there is one")
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
     max_lost: MaxLost = Field(MAX_LOST, description="share of a task's prompts that may be cut; above it the run stops")
 
@@ -160,7 +157,7 @@ class ImportanceConfig(Settings):
     questions: int = Field(64, gt=0)
     batch_size: int = Field(16, gt=0)
     head_matrix: str = "product"
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    device: Device = Field("auto", description="auto: the GPU where there is one")
     max_lost: MaxLost = Field(MAX_LOST, description="share of the questions that may be cut, dropped or empty")
 
     @model_validator(mode="after")
@@ -179,7 +176,7 @@ class EmbedConfig(Settings):
     base: str
     datasets: tuple[str, ...]
     questions: int = Field(100, gt=2, description="of each data set")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    device: Device = Field("auto", description="auto: the GPU where there is one")
 
     @property
     def name(self) -> str:

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from alps_repro.errors import UserError, nearest
+from alps_repro.experiments.records import Kind
 from alps_repro.settings import Settings
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
+
+#: The notebook that makes a run of each kind.
+NOTEBOOKS: dict[Kind, str] = {"localize": "01_localize_heads", "finetune": "02_finetune", "evaluate": "03_evaluate"}
 
 #: What may be given beside `config`, the file that holds everything else.
 BESIDE_CONFIG = ("profile", "results", "config")

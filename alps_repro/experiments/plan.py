@@ -18,7 +18,7 @@ from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
 from alps_repro.experiments.grid import evaluations
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import predecessors
+from alps_repro.experiments.records import KINDS, Config, Kind, predecessors
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import head_count
 from alps_repro.models.embedded import EMBEDDED, embedded_model
@@ -175,11 +175,19 @@ class Runs:
     localizations: dict[str, LocalizeConfig] = field(default_factory=dict)
     evaluations: dict[str, EvaluateConfig] = field(default_factory=dict)
 
-    def add(self, config: Any) -> None:
+    @property
+    def by_kind(self) -> dict[Kind, dict[str, Any]]:
+        """{kind of run: {name: configuration}}."""
+        return {"finetune": self.finetunings, "localize": self.localizations, "evaluate": self.evaluations}
+
+    @property
+    def configs(self) -> list[Config]:
+        """All of them."""
+        return [config for runs in self.by_kind.values() for config in runs.values()]
+
+    def add(self, config: Config) -> None:
         """Add a run and what has to be run before it; a model that is named is there already."""
-        runs: dict[type[Any], dict[str, Any]]
-        runs = {FinetuneConfig: self.finetunings, LocalizeConfig: self.localizations, EvaluateConfig: self.evaluations}
-        known = runs.get(type(config))
+        known = self.by_kind.get(KINDS[type(config)])
         if known is not None and config.name not in known:
             known[config.name] = config
             for before in predecessors(config).values():
@@ -237,9 +245,9 @@ def _on_gpu(base: str) -> bool:
 def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, float]:
     """Bytes that a fine-tuning holds at once, by what they are; not all of it peaks together.
 
-    Interpreter and libraries come on top. Trainings of SmolLM2 on a CPU and steps of Llama-3.2-1B on an H100 were held
-    against the sum (`tests/test_plan.py`). By default a batch is as wide as the data set's longest example, and its
-    logits as many as the longest response.
+    Interpreter and libraries come on top. The sum was compared with trainings of SmolLM2 on a CPU and steps of
+    Llama-3.2-1B on an H100 (`tests/experiments/test_plan.py`). By default a batch is as wide as the data set's longest
+    example, and has as many logits as the longest response.
 
     weights: float32 where the scope is `all` (frozen rows included); else as stored or quantized, and float32 for the
         trained rows. copies: weights in the precision of the forward pass, where it is another one. gradients,

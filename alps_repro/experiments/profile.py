@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from alps_repro.data.datasets import DATASETS, OFFLINE
+from alps_repro.devices import Device
 from alps_repro.errors import UserError, nearest, one_of
-from alps_repro.evaluation.benchmarks import check_tasks
+from alps_repro.evaluation.benchmarks import Autocast, Dtype, Template, check_tasks
 from alps_repro.experiments import configure
 from alps_repro.experiments.configs import (
     EmbedConfig,
@@ -99,14 +100,14 @@ class Profile(Settings):
     limit: Limit = None
     max_lost: MaxLost | None = Field(None, description="of rows and prompts, in every run; None: what each run has")
     eval_batch_size: int = 16
-    autocast: Literal["none", "bfloat16", "float16"] = Field("none", description="in evaluations")
-    eval_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    autocast: Autocast = Field("none", description="in evaluations")
+    eval_dtype: Dtype = Field(
         "float32", description="what weights are loaded in to be evaluated, the base's and those of tuned models"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Device = Field(
         "auto", description="of all runs; cuda: where no GPU can be used, they stop; `recipe` may say another one"
     )
-    template: Literal["none", "alpaca"] = "none"
+    template: Template = "none"
     allow_code: bool = False
     keep_models: bool = Field(True, description="False: remove each tuned model once all that needs it is done")
     threads: int | None = Field(None, gt=0, description="processor threads of a run; None: all")

@@ -421,5 +421,5 @@ def _write(folder: Path, config: Config, outcome: Outcome, start: float, error: 
 
 
 def schema() -> dict[str, Any]:
-    """The records' JSON schema, as `alps_repro/record.schema.json` holds it."""
+    """The records' JSON schema, as `record.schema.json` beside this module holds it."""
     return {"$id": f"alps-repro-record-{SCHEMA_VERSION}", **Record.model_json_schema()}

@@ -61,7 +61,7 @@ from alps_repro.experiments.results import (
 from alps_repro.experiments.reuse import named_models, reusable
 from alps_repro.experiments.superseded import set_aside, set_aside_record
 from alps_repro.localization.ablation import importance
-from alps_repro.localization.recovery import COMPARED, READINGS, peaks, recall_by_metric
+from alps_repro.localization.recovery import COMPARED, METRIC_VARIANTS, peaks, recall_by_metric
 from alps_repro.localization.scores import HeadScores, localize
 from alps_repro.localization.selectors import RESULT_METRICS, model_and_batches, select_by
 from alps_repro.models.embeddings import embed, principal
@@ -440,10 +440,9 @@ def importance_run(config: ImportanceConfig, results: str | Path, *, progress: b
             device=config.device,
         )
         lost = importance(model, examples, progress=progress)
-        readings: dict[str, dict[str, Any]] = {name: {**READINGS[name]} for name in COMPARED}
         scores = {
-            name: localize(config.base, folder, head_matrix=config.head_matrix, **reading).values.tolist()
-            for name, reading in readings.items()
+            name: localize(config.base, folder, head_matrix=config.head_matrix, **METRIC_VARIANTS[name]).values.tolist()
+            for name in COMPARED
         }
         outcome.data_sha256[config.task_model.dataset] = data
         result: ImportanceResult = {"importance": lost.tolist(), "scores": scores}

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from alps_repro.errors import UserError
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig, LocalizeConfig
 from alps_repro.experiments.plan import Runs, needed
 from alps_repro.experiments.profile import Profile
-from alps_repro.experiments.records import KINDS, Config, OtherRun, find_record, load_record, write_whole
+from alps_repro.experiments.records import KINDS, Config, OtherRun, find_record, load_record, make_folder, write_whole
 from alps_repro.experiments.reuse import done
 
 SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
@@ -49,7 +49,7 @@ def overridden(file: str | Path, config: Mapping[str, Any]) -> Path:
     results = Path(Profile.made(whole).results)
     text = yaml.safe_dump(json.loads(json.dumps(whole)), sort_keys=False, allow_unicode=True)
     path = results / ".profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_whole(path, text)
     return path
 
@@ -82,11 +82,10 @@ def config_path(results: Path, kind: str, name: str) -> Path:
 
 def write_configs(results: Path, made: Runs) -> None:
     """Write the configuration of every job's run, for its notebook to read; files that are right stay as they are."""
-    configs: list[Config] = [*made.finetunings.values(), *made.localizations.values(), *made.evaluations.values()]
-    for config in configs:
+    for config in made.configs:
         path, text = config_path(results, KINDS[type(config)], config.name), json.dumps(config.dump(), indent=1) + "\n"
         if not (path.exists() and path.read_text() == text):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_whole(path, text)
 
 
@@ -96,8 +95,7 @@ def check_records(profile: Profile) -> None:
     Raises:
         UserError: some are of other runs; the sentence says which and how the first one differs.
     """
-    results, runs = Path(profile.results), needed(profile)
-    configs: list[Config] = [*runs.finetunings.values(), *runs.localizations.values(), *runs.evaluations.values()]
+    results, configs = Path(profile.results), needed(profile).configs
     if profile.score_and_truth:
         configs += [profile.recall(), profile.importance()]
     wrong, reached = [], True
@@ -137,13 +135,8 @@ def busy(results: Path) -> str:
 def failures(profile: Profile) -> dict[str, str]:
     """{run: why it failed} for a profile's runs that failed and have not been completed since."""
     paths = sorted((Path(profile.results) / "records").glob("*.failed.json"))
-    runs = needed(profile)
-    own: dict[str, Collection[str]] = {
-        "finetune": runs.finetunings,
-        "localize": runs.localizations,
-        "evaluate": runs.evaluations,
-    }
-    failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name})]
+    own = needed(profile).by_kind
+    failed = [record for record in map(load_record, paths) if record.name in own.get(record.kind, {record.name: None})]
     return {f"{record.kind} {record.name}": record.error or "" for record in failed}
 
 

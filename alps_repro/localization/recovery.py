@@ -38,13 +38,13 @@ class MetricSettings(TypedDict, total=False):
 
 
 #: What can be compared: every metric, and PAD with the ground metric that the paper leaves open.
-READINGS: dict[str, MetricSettings] = {
+METRIC_VARIANTS: dict[str, MetricSettings] = {
     **{name: MetricSettings(metric=name) for name in METRICS},
     "pad_value": MetricSettings(metric="pad", ground="value"),
 }
 
 #: What is compared by default. `wasserstein` is `pad` times a constant and ranks heads in the same order.
-COMPARED = tuple(name for name in READINGS if name != "wasserstein")
+COMPARED = tuple(name for name in METRIC_VARIANTS if name != "wasserstein")
 
 
 # --- heads that truly changed ---------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def recall_by_metric(
         base: as in `moved`.
         factors: as in `moved`.
         seeds: as in `moved`.
-        metrics: of `READINGS`.
+        metrics: of `METRIC_VARIANTS`.
         head_matrices: of `metrics.HEAD_MATRICES`.
         share: as in `moved`.
         background: as in `moved`.
@@ -185,7 +185,7 @@ def recall_by_metric(
     from tqdm.auto import tqdm
 
     for metric in metrics:
-        one_of("metric", metric, READINGS)
+        one_of("metric", metric, METRIC_VARIANTS)
     seeds = list(seeds)
     settings = [(float(factor), seed) for factor in factors for seed in seeds]
     rows: list[dict[str, Any]] = []
@@ -194,7 +194,7 @@ def recall_by_metric(
             truth = moved(base, Path(work) / "moved", share=share, factor=factor, background=background, seed=seed)
             for head_matrix in head_matrices:
                 for metric in metrics:
-                    scores = localize(base, Path(work) / "moved", head_matrix=head_matrix, **READINGS[metric])
+                    scores = localize(base, Path(work) / "moved", head_matrix=head_matrix, **METRIC_VARIANTS[metric])
                     rows.append(
                         {
                             "metric": metric,
@@ -289,10 +289,10 @@ def correlations(
 
 
 def _spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
-    from scipy.stats import pearsonr, rankdata
+    from scipy.stats import ConstantInputWarning, pearsonr, rankdata
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a resample of equal values has no correlation
+        warnings.simplefilter("ignore", ConstantInputWarning)  # a resample of equal values has no correlation
         return pearsonr(rankdata(x, axis=axis), rankdata(y, axis=axis), axis=axis).statistic
 
 

@@ -18,9 +18,6 @@ from markupsafe import Markup, escape
 
 from alps_repro.report.site import Site
 
-#: Which notebook makes a kind of run; the executed copy is named after it and the run.
-NOTEBOOKS = {"localize": "01_localize_heads", "finetune": "02_finetune", "evaluate": "03_evaluate"}
-
 #: The output type of a live widget, such as a progress bar: it would need scripts, and its text is its first state.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 

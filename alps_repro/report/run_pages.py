@@ -13,8 +13,9 @@ from markupsafe import Markup
 from alps_repro.analysis import tables
 from alps_repro.analysis.cite import commit_text, what_was_run
 from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
+from alps_repro.experiments.notebooks import NOTEBOOKS
 from alps_repro.experiments.records import KINDS, Record, predecessors
-from alps_repro.report.notebooks import NOTEBOOKS, ExecutedNotebook
+from alps_repro.report.notebooks import ExecutedNotebook
 from alps_repro.report.site import Key, Site, run_link, score_text
 from alps_repro.report.table_pages import Backlinks
 

@@ -24,7 +24,15 @@ from alps_repro.analysis import figures
 from alps_repro.data.prompts import Collate
 from alps_repro.localization.ablation import importance
 from alps_repro.localization.metrics import METRICS
-from alps_repro.localization.recovery import COMPARED, READINGS, correlations, moved, peaks, recall, recall_by_metric
+from alps_repro.localization.recovery import (
+    COMPARED,
+    METRIC_VARIANTS,
+    correlations,
+    moved,
+    peaks,
+    recall,
+    recall_by_metric,
+)
 
 LAYOUT = HeadLayout("llama", layers=2, heads=5, groups=1, head_dim=4, hidden_size=20)
 #: One of each way in which projections are stored.
@@ -311,8 +319,8 @@ def table(tmp_path_factory) -> pd.DataFrame:
 def test_recall_by_metric(table, tmp_path):
     assert list(table.columns) == ["metric", "head_matrix", "factor", "seed", "recall"]
     assert len(table) == 2 * 2 * 3 * len(COMPARED)
-    assert set(COMPARED) == set(table["metric"]) == set(READINGS) - {"wasserstein"}
-    assert set(METRICS) < set(READINGS)
+    assert set(COMPARED) == set(table["metric"]) == set(METRIC_VARIANTS) - {"wasserstein"}
+    assert set(METRICS) < set(METRIC_VARIANTS)
     far = table[(table["factor"] == 50) & (table["head_matrix"] == "concat")].set_index("metric")["recall"]
     assert (far["l2"] == 1).all()
     # A row is what its parts give one by one.
