@@ -20,8 +20,8 @@ CHUNK = 1024
 def summed_loss(model: nn.Module, batch: Mapping[str, Any], *, chunk: int = CHUNK) -> torch.Tensor:
     """Cross-entropy in nats, summed over the loss tokens of a batch, in float32.
 
-    The output layer runs on the positions that predict a loss token and on no others, `chunk` of them at a time, and the
-    gradient of each chunk is computed with it, so that logits of `(chunk, vocabulary)` are the most that is ever held.
+    The output layer runs only on positions that predict a loss token, `chunk` of them at a time, and the gradient of
+    each chunk is computed with it, so that logits of `(chunk, vocabulary)` are the most that is ever held.
     The products are those of the plain loss, with no recomputation.
 
     Args:

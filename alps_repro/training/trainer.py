@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with penalties, one progress bar, and a stop if training diverges."""
+"""`transformers.Trainer` with the loss at loss tokens, penalties, one progress bar, and a stop if training diverges."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from alps_repro.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainerState
 
 
 def trainer_of(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
-    """A Trainer that, in training, adds the penalty of JoLA's gates or LoFiT's scales to the loss.
+    """A Trainer with the loss at loss tokens only, and in training the penalty of JoLA's gates or LoFiT's scales.
 
     Args:
         tuned: what `finetune.trainable` made.
@@ -22,39 +22,51 @@ def trainer_of(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
     """
     from transformers import Trainer
 
-    from alps_repro.tuner.jola import JolaConfig, JolaModel, gate_weight
-    from alps_repro.tuner.lofit import LofitModel
+    from alps_repro.data.prompts import IGNORED
+    from alps_repro.training.loss import summed_loss
 
-    base_model = getattr(tuned, "base_model", None)
-    if not isinstance(base_model, (JolaModel, LofitModel)):
-        return Trainer(**arguments)
-    tuner: JolaModel | LofitModel = base_model
+    class LossTrainer(Trainer):
+        loss_is_scaled_for_ga = True  # by the loss tokens of the whole step
 
-    class PenalizedTrainer(Trainer):
+        def __init__(self, *words: Any, **named: Any) -> None:
+            super().__init__(*words, **named)
+            self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # so that loss tokens are counted
+
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            loss, outputs = super().compute_loss(
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-            if model.training:
-                # Where a micro-batch's loss is already its share of the step's, its penalty has to be, too.
-                shared = num_items_in_batch is not None and self.model_accepts_loss_kwargs
-                loss = loss + self._penalty() / (self.current_gradient_accumulation_steps if shared else 1)
-            return (loss, outputs) if return_outputs else loss
+            # The output layer is called outside of the model's own forward, which alone is under autocast.
+            with self.accelerator.autocast():
+                loss = summed_loss(model, inputs)
+            if num_items_in_batch is None:  # in evaluation
+                loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum()
+            else:
+                # The processes' gradients are averaged, and the tokens are those of all processes.
+                loss = loss / num_items_in_batch * self.accelerator.num_processes
+            if model.training and (penalty := _penalty(tuned, self.state)) is not None:
+                loss = loss + penalty / self.current_gradient_accumulation_steps
+            return (loss, {"loss": loss}) if return_outputs else loss
 
-        def _penalty(self) -> torch.Tensor:
-            if isinstance(tuner, LofitModel):
-                return tuner.penalty()
-            # The weight depends on optimizer steps alone, not on micro-batches or evaluations.
-            (config,) = tuner.peft_config.values()
-            assert isinstance(config, JolaConfig)
-            # Checkpoints keep these losses, so that a resumed run goes on with the same weight.
-            history = self.state.log_history if config.schedule == "performance" else ()
-            losses = [entry["loss"] for entry in history if "loss" in entry]
-            return tuner.penalty(gate_weight(config.schedule, self.state.global_step, self.state.max_steps, losses))
+    return LossTrainer(**arguments)
 
-    return PenalizedTrainer(**arguments)
+
+def _penalty(tuned: torch.nn.Module, state: TrainerState) -> torch.Tensor | None:
+    """What JoLA's gates or LoFiT's scales add to the loss of a step; None for other tuners."""
+    from alps_repro.tuner.jola import JolaConfig, JolaModel, gate_weight
+    from alps_repro.tuner.lofit import LofitModel
+
+    tuner = getattr(tuned, "base_model", None)
+    if isinstance(tuner, LofitModel):
+        return tuner.penalty()
+    if not isinstance(tuner, JolaModel):
+        return None
+    # The weight depends on optimizer steps alone, not on micro-batches or evaluations.
+    (config,) = tuner.peft_config.values()
+    assert isinstance(config, JolaConfig)
+    # Checkpoints keep these losses, so that a resumed run goes on with the same weight.
+    history = state.log_history if config.schedule == "performance" else ()
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return tuner.penalty(gate_weight(config.schedule, state.global_step, state.max_steps, losses))
 
 
 def show_bar_only(trainer: Trainer) -> None:
