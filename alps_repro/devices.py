@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from alps_repro.errors import UserError
 #: Devices that can be requested; `auto` takes the GPU if there is one.
 Device = Literal["auto", "cpu", "cuda"]
 DEVICES: tuple[str, ...] = get_args(Device)
+
+#: Precisions of matrix products that can be requested; `auto` stands for what `resolved_precision` says.
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 #: Accelerate's names of a recipe's precisions.
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -55,6 +60,35 @@ def device(requested: str = "auto") -> str:
             "'cpu' or an empty CUDA_VISIBLE_DEVICES."
         )
     return "cpu"
+
+
+def resolved_precision(precision: str, requested: str = "auto") -> str:
+    """`float32`, `bfloat16` or `float16`, for one of `PRECISIONS`.
+
+    `auto` is bfloat16 where the device multiplies it fast (GPUs since 2020, processors with AMX), else float32. On a
+    machine without a GPU, `auto` for the device `cuda` is bfloat16.
+
+    Args:
+        precision: that is requested.
+        requested: the device, one of `DEVICES`.
+    """
+    if precision != "auto":
+        return precision
+    if requested == "cpu" or (requested == "auto" and (hidden() or not present())):
+        return "bfloat16" if _amx() else "float32"
+    import torch
+
+    slow = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "float32" if slow else "bfloat16"
+
+
+@functools.cache
+def _amx() -> bool:
+    """Whether this processor has matrix units for bfloat16."""
+    try:
+        return re.search(r"^flags\s*:.*\bamx_bf16\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False
 
 
 def unusable() -> str | None:

@@ -73,27 +73,41 @@ def _named(settings: Settings) -> dict[str, Any]:
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if value != former.get(name, field.default):
-            named[name] = _named(value) if isinstance(value, Settings) else whole[name]
+            inner = _named(value) if isinstance(value, Settings) else whole[name]
+            if inner != {}:  # as of a recipe that differs from the default in what `auto` stands for
+                named[IN_NAMES.get((type(settings).__name__, name), name)] = inner
     return named
 
 
-def with_former(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the settings that it lacks, at the values that they had when it was stored.
+def with_former(kind: type[Settings], stored: Mapping[str, Any], gpu: bool = False) -> dict[str, Any]:
+    """A stored configuration as it would be stored today: with settings added since, and with today's words.
 
     Args:
         kind: the configuration's class.
         stored: its settings, as JSON values.
+        gpu: whether the run used one.
 
     Raises:
         UserError: it lacks a setting, and `FORMER` does not say what that was.
     """
-    former, whole = FORMER.get(kind.__name__, {}), dict(stored)
+    former, whole = FORMER.get(kind.__name__, {}), _reworded(kind.__name__, stored, gpu)
     for name, field in kind.model_fields.items():
         if name not in whole and name not in former:
             raise UserError(f"the setting '{name}' is missing, and nothing says what it was")
         value = whole.setdefault(name, former.get(name))
         if isinstance(value, Mapping) and (inner := _settings_in(field.annotation)):
-            whole[name] = with_former(inner[0], value)
+            whole[name] = with_former(inner[0], value, gpu)
+    return whole
+
+
+def _reworded(kind: str, stored: Mapping[str, Any], gpu: bool) -> dict[str, Any]:
+    """Settings whose names or values have changed, as they are said today."""
+    whole = dict(stored)
+    if kind == "Recipe" and whole.get("precision") == "auto":  # until it was resolved beforehand
+        whole["precision"] = "float16" if gpu else "float32"
+    if kind == "EvaluateConfig" and "precision" not in whole:  # once two settings
+        autocast, dtype = whole.pop("autocast", "none"), whole.pop("dtype", "float32")
+        whole["precision"] = dtype if autocast == "none" else autocast
     return whole
 
 
@@ -141,8 +155,21 @@ def _settings_in(annotation: Any) -> list[type[Settings]]:
 #: records lost a row or prompt.)
 FORMER: dict[str, dict[str, Any]] = {
     "EmbedConfig": {"device": "auto"},
-    "EvaluateConfig": {"autocast": "none", "dtype": "float32", "device": "auto", "max_lost": 0.05},
+    "EvaluateConfig": {"precision": "float32", "device": "auto", "max_lost": 0.05},
     "ImportanceConfig": {"device": "auto", "max_lost": 0.05},
     "LocalizeConfig": {"dataset": None, "questions": 64, "device": "auto", "max_lost": 0.05},
-    "Recipe": {"warmup_steps": None, "validation": None, "patience": None, "device": "auto", "max_lost": 0.05},
+    "Recipe": {
+        "precision": "float32",
+        "warmup_steps": None,
+        "validation": None,
+        "patience": None,
+        "device": "auto",
+        "max_lost": 0.05,
+    },
 }
+
+#: {class of settings: settings that only older records have}; `_reworded` reads them.
+GONE = {"EvaluateConfig": ("autocast", "dtype")}
+
+#: {(class of settings, setting): what it is called in the digests of runs}, so that names stay as they are.
+IN_NAMES = {("EvaluateConfig", "precision"): "autocast"}

@@ -458,7 +458,7 @@ def test_doctor_says_what_is_wrong_with_a_gpu(
 def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_path: Path) -> None:
     """GPUs are hidden from the tests: one that is asked for stops the run."""
     results, words = f"--results={tmp_path}", (str(models / "base"), "chain_sum", "--device=cuda")
-    asked = {"finetune": ["--method=full", *SMALL], "evaluate": ["--limit=1", "--dtype=bfloat16"]}
+    asked = {"finetune": ["--method=full", *SMALL], "evaluate": ["--limit=1", "--precision=bfloat16"]}
     for command, own in asked.items():
         ran = shell(command, *words, *own, results)
         assert ran.status == 2

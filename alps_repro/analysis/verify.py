@@ -31,7 +31,7 @@ NUMBERS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 }
 
 #: What rounding, and with it a result, may depend on; versions of packages come on top.
-ENVIRONMENT = ("processor", "threads", "gpu", "system", "python", "code")
+ENVIRONMENT = ("processor", "cpu", "threads", "gpu", "system", "python", "code")
 
 #: The parts of a result that are times.
 CLOCKED = ("training_seconds",)

@@ -79,14 +79,6 @@ KNOWLEDGE: dict[str, Knowledge] = {
 Template = Literal["none", "alpaca"]
 TEMPLATES: tuple[str, ...] = get_args(Template)
 
-#: Dtype of matrix products: the weights' own (`none`), or half precision with everything else unchanged.
-Autocast = Literal["none", "bfloat16", "float16"]
-AUTOCASTS: tuple[str, ...] = get_args(Autocast)
-
-#: Dtypes in which weights may be loaded for evaluation.
-Dtype = Literal["float32", "bfloat16", "float16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
-
 #: Questions of an offline task: for results, and for choosing settings.
 Split = Literal["test", "validation"]
 SPLITS: tuple[str, ...] = get_args(Split)

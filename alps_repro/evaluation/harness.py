@@ -12,19 +12,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from alps_repro.data.datasets import OFFLINE
 from alps_repro.data.prompts import MAX_LOST, PROMPT
-from alps_repro.devices import check_products
+from alps_repro.devices import PRECISIONS, check_products, resolved_precision
 from alps_repro.devices import device as placed
 from alps_repro.errors import UserError, one_of
 from alps_repro.evaluation.benchmarks import (
-    AUTOCASTS,
     BENCHMARKS,
-    DTYPES,
     KNOWLEDGE,
     SPLITS,
     TEMPLATES,
@@ -36,7 +34,9 @@ from alps_repro.evaluation.benchmarks import (
     wraps,
 )
 from alps_repro.evaluation.sandbox import run_program, why_not
-from alps_repro.models.loading import load_model
+from alps_repro.models.folders import is_adapter, resolve
+from alps_repro.models.loading import load_model, merged
+from alps_repro.models.precision import round_frozen
 
 if TYPE_CHECKING:
     import torch
@@ -184,8 +184,7 @@ def evaluate(
     limit: int | None = None,
     template: str = "none",
     split: str = "test",
-    autocast: str = "none",
-    dtype: str | None = None,
+    precision: str | None = None,
     device: str = "auto",
     allow_code: bool = False,
     max_lost: float = MAX_LOST,
@@ -205,9 +204,10 @@ def evaluate(
             that models were tuned with. Offline tasks already use that template; prose is never wrapped.
         split: `validation` evaluates an offline task on its validation questions, for choosing settings; none of them
             is in `test`.
-        autocast: of `AUTOCASTS`; bfloat16 is faster on processors with bfloat16 matrix units (AMX).
-        dtype: of `DTYPES`, for the weights of a named model; float32 by default. Models that are compared should have
-            the same one, whatever each is stored in. A loaded model is used as it is.
+        precision: of matrix products, one of `devices.PRECISIONS`; all else, and the softmax of log-likelihoods, is in
+            float32. Models that are compared should have the same one, whatever each is stored in: `auto`, the default
+            for a named model, is the same for all on one machine. A loaded model's weights stay as they are; by
+            default it is used in its own dtype, else under autocast.
         device: of `devices.DEVICES`, for a named model.
         allow_code: run code that the model wrote (HumanEval, MBPP), in `alps_repro.evaluation.sandbox`: lm-eval, which
             would run it in this process, only generates it.
@@ -225,12 +225,11 @@ def evaluate(
     """
     if isinstance(tasks, str) or not tasks:
         raise UserError("evaluate takes a list of task names, such as ['chain_sum'].")
-    job = _Job(tuple(tasks), batch_size, limit, template, split, autocast, allow_code, max_lost, progress)
-    job = _checked(job, dtype)
-    loaded, tokenizer = _loaded(model, tokenizer, quantization, dtype, device)
+    job = _checked(_Job(tuple(tasks), batch_size, limit, template, split, precision, allow_code, max_lost, progress))
+    loaded, tokenizer, precision = _loaded(model, tokenizer, quantization, precision, device)
     with _tidied(job, loaded, tokenizer), _explained(job.tasks):
         with greedy(loaded, tokenizer) as aside, kept_generators(), quiet():
-            lm = _lm(job, loaded, tokenizer)
+            lm = _lm(job, loaded, tokenizer, precision)
             answers = _ask(job, lm)
             truncated = _truncated(lm.truncated, answers["samples"])
     for task, number in truncated.items():
@@ -253,18 +252,17 @@ class _Job:
     limit: int | None
     template: str
     split: str
-    autocast: str
+    precision: str | None
     allow_code: bool
     max_lost: float
     progress: bool
 
 
-def _checked(job: _Job, dtype: str | None) -> _Job:
+def _checked(job: _Job) -> _Job:
     """The job with its limit as a whole number; `UserError` if it is impossible for any model."""
     one_of("template", job.template, TEMPLATES)
-    one_of("autocast", job.autocast, AUTOCASTS)
-    if dtype is not None:
-        one_of("dtype", dtype, DTYPES)
+    if job.precision is not None:
+        one_of("precision", job.precision, PRECISIONS)
     check_tasks(job.tasks, job.allow_code, one_of("split", job.split, SPLITS))
     limit = check_limit(job.limit)
     if job.batch_size < 1:
@@ -275,31 +273,38 @@ def _checked(job: _Job, dtype: str | None) -> _Job:
 
 
 def _loaded(
-    model: str | Path | PreTrainedModel, tokenizer: Any, quantization: str, dtype: str | None, device: str
-) -> tuple[PreTrainedModel, Any]:
-    """The model, loaded if it is named, and its tokenizer."""
+    model: str | Path | PreTrainedModel, tokenizer: Any, quantization: str, precision: str | None, device: str
+) -> tuple[PreTrainedModel, Any, str]:
+    """The model, loaded and merged if it is named, its tokenizer, and the precision of its products."""
     if isinstance(model, (str, Path)):
         import torch
 
-        model, tokenizer = load_model(model, quantization, dtype=getattr(torch, dtype or "float32"), device=device)
+        precision = resolved_precision(precision or "auto", device)
+        # An adapter is merged in float32, before anything is rounded.
+        stored = None if quantization == "none" and not is_adapter(resolve(model)) else torch.float32
+        model, tokenizer = load_model(model, quantization, dtype=stored, device=device)
+        model = cast("PreTrainedModel", merged(model)) if quantization == "none" else model
+        round_frozen(model.requires_grad_(False), precision)
     else:
-        _check_loaded(model, quantization, dtype, device)
-    check_products(_dtype(model), model.device.type)
+        _check_loaded(model, quantization, precision, device)
+        precision = resolved_precision(precision, device) if precision else _dtype(model)
+    check_products(precision, model.device.type)
     if tokenizer is None:
         raise UserError("A loaded model needs its tokenizer: pass tokenizer=...")
-    return model, tokenizer
+    return model, tokenizer, precision
 
 
 def _dtype(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _check_loaded(model: PreTrainedModel, quantization: str, dtype: str | None, device: str) -> None:
-    """Raise `UserError` if a loaded model differs from what is requested."""
+def _check_loaded(model: PreTrainedModel, quantization: str, precision: str | None, device: str) -> None:
+    """Raise `UserError` if a loaded model cannot be used as requested."""
     own = _dtype(model)
-    if dtype is not None and dtype != own:
+    if precision is not None and own not in ("float32", precision):
         raise UserError(
-            f"The loaded model is in {own}, and dtype '{dtype}' is requested: leave dtype out, or load the model in it."
+            f"The loaded model is in {own}, and precision '{precision}' is requested: leave precision out, or load the "
+            "model in float32."
         )
     if device != "auto" and placed(device) != model.device.type:
         raise UserError(
@@ -360,7 +365,7 @@ def _is_hub_error(error: BaseException) -> bool:
     return type(error).__module__.split(".")[0] in ("huggingface_hub", "datasets", "httpx", "requests", "fsspec")
 
 
-def _lm(job: _Job, model: PreTrainedModel, tokenizer: Any) -> PromptedLM:
+def _lm(job: _Job, model: PreTrainedModel, tokenizer: Any, precision: str) -> PromptedLM:
     from alps_repro.evaluation.tasks.offline import PromptedLM
 
     return PromptedLM(
@@ -368,9 +373,8 @@ def _lm(job: _Job, model: PreTrainedModel, tokenizer: Any) -> PromptedLM:
         tokenizer=tokenizer,
         batch_size=job.batch_size,
         max_lost=job.max_lost,
-        mixed_precision_dtype=None if job.autocast == "none" else job.autocast,
-        # For logits with 8 or 11 bits; their logarithms, summed over an answer, need more.
-        softmax_dtype=None if _dtype(model) == "float32" else "float32",
+        mixed_precision_dtype=None if precision == _dtype(model) else precision,
+        softmax_dtype="float32",  # logits may have 8 bits; their logarithms, summed over an answer, need more
     )
 
 

@@ -6,15 +6,15 @@ An evaluation holds the fine-tuning it evaluates, which holds the localization t
 from __future__ import annotations
 
 import re
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alps_repro.data.datasets import OFFLINE, check_dataset
 from alps_repro.data.prompts import MAX_LOST
-from alps_repro.devices import Device
+from alps_repro.devices import Device, Precision, resolved_precision
 from alps_repro.errors import one_of
-from alps_repro.evaluation.benchmarks import Autocast, Dtype, Split, Template, check_limit, check_tasks
+from alps_repro.evaluation.benchmarks import Split, Template, check_limit, check_tasks
 from alps_repro.localization.metrics import RESULT, check_metric
 from alps_repro.localization.selectors import RESULT_METRICS
 from alps_repro.models.checks import QUANTIZATIONS
@@ -37,7 +37,12 @@ class FinetuneConfig(Settings):
     seed: int = Field(0, ge=0, description="order of the data, and which examples are sampled")
     choice_seed: int = Field(0, ge=0, description="which heads the random methods select")
     localization: LocalizeConfig | None = Field(None, description="which makes the scores that the method uses")
-    recipe: Recipe = Recipe()
+    recipe: Recipe = Field(Recipe(), validate_default=True)
+
+    @field_validator("recipe")
+    @classmethod
+    def _resolved(cls, recipe: Recipe) -> Recipe:
+        return recipe.resolved()  # what `auto` stands for decides numbers
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -114,13 +119,22 @@ class EvaluateConfig(Settings):
         "none", description="prompt template around lm-eval's own text; offline tasks carry the Alpaca template"
     )
     split: Split = Field("test", description="of offline tasks; validation questions are for choosing learning rates")
-    autocast: Autocast = Field(
-        "none", description="what matrices are multiplied in, where not in the weights' own dtype"
+    precision: Precision = Field(
+        "auto",
+        description="of matrix products, the same for every model of a comparison; auto becomes bfloat16 where the "
+        "device multiplies it fast, else float32",
     )
-    dtype: Dtype = Field("float32", description="what weights are loaded in, the same for every model of a comparison")
     device: Device = Field("auto", description="auto: the GPU where there is one")
     allow_code: bool = Field(False, description="run code that the model wrote (HumanEval, MBPP)")
     max_lost: MaxLost = Field(MAX_LOST, description="share of a task's prompts that may be cut; above it the run stops")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolved(cls, given: Any) -> Any:
+        if isinstance(given, dict):  # what `auto` stands for decides numbers
+            precision = resolved_precision(given.get("precision", "auto"), given.get("device", "auto"))
+            return {**given, "precision": precision}
+        return given
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -11,9 +11,9 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from alps_repro.data.datasets import DATASETS, OFFLINE
-from alps_repro.devices import Device
+from alps_repro.devices import Device, Precision
 from alps_repro.errors import UserError, nearest, one_of
-from alps_repro.evaluation.benchmarks import Autocast, Dtype, Template, check_tasks
+from alps_repro.evaluation.benchmarks import Template, check_tasks
 from alps_repro.experiments import configure
 from alps_repro.experiments.configs import (
     EmbedConfig,
@@ -100,9 +100,8 @@ class Profile(Settings):
     limit: Limit = None
     max_lost: MaxLost | None = Field(None, description="of rows and prompts, in every run; None: what each run has")
     eval_batch_size: int = 16
-    autocast: Autocast = Field("none", description="in evaluations")
-    eval_dtype: Dtype = Field(
-        "float32", description="what weights are loaded in to be evaluated, the base's and those of tuned models"
+    eval_precision: Precision = Field(
+        "auto", description="of matrix products in evaluations, as the recipe in training"
     )
     device: Device = Field(
         "auto", description="of all runs; cuda: where no GPU can be used, they stop; `recipe` may say another one"

@@ -45,6 +45,7 @@ class Provenance(Strict):
     python: str
     system: str
     processor: str
+    cpu: str | None = Field(None, description="family, model, stepping of the processor; torch's instructions for it")
     threads: int
     gpu: str | None
     model_sha256: dict[str, str] = Field(default_factory=dict, description="by role: base, task, tuned")
@@ -121,14 +122,26 @@ def _imports(source: bytes) -> list[str]:
 
 
 @functools.cache
-def _processor() -> str:
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; empty on other systems."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _processor() -> str:
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu() -> str:
+    """What decides how a processor rounds, beside its name, which may be that of many."""
+    import torch
+
+    own = {"family": "cpu family", "model": "model", "stepping": "stepping"}
+    known = [f"{word} {_cpuinfo()[name]}" for word, name in own.items() if name in _cpuinfo()]
+    return ", ".join([*known, torch.backends.cpu.get_cpu_capability()])
 
 
 def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
@@ -150,6 +163,7 @@ def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         processor=_processor(),
+        cpu=_cpu(),
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if (torch.cuda.is_available() if gpu is None else gpu) else None,
         **hashes,

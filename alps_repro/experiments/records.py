@@ -38,7 +38,7 @@ from alps_repro.experiments.results import (
     LocalizeResult,
     RecallResult,
 )
-from alps_repro.settings import Settings, Strict, differences, with_former
+from alps_repro.settings import GONE, Settings, Strict, differences, with_former
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -212,7 +212,9 @@ def _validated(path: Path, stored: dict[str, Any]) -> Record:
             return Record.model_validate(stored)  # which says what is wrong
         config = CONFIGS[kind]
         if isinstance(stored.get("config"), dict):
-            stored = {**stored, "config": config.model_validate(with_former(config, stored["config"]))}
+            made = stored.get("provenance")
+            gpu = isinstance(made, dict) and made.get("gpu") is not None
+            stored = {**stored, "config": config.model_validate(with_former(config, stored["config"], gpu))}
         return RECORDS[kind].model_validate({"result": {}, **stored})
     except UserError as error:
         reason = str(error)
@@ -422,4 +424,8 @@ def _write(folder: Path, config: Config, outcome: Outcome, start: float, error: 
 
 def schema() -> dict[str, Any]:
     """The records' JSON schema, as `record.schema.json` beside this module holds it."""
-    return {"$id": f"alps-repro-record-{SCHEMA_VERSION}", **Record.model_json_schema()}
+    made = Record.model_json_schema()
+    for kind, names in GONE.items():
+        older = {name: {"description": "in older records", "type": "string"} for name in names}
+        made["$defs"][kind]["properties"] |= older
+    return {"$id": f"alps-repro-record-{SCHEMA_VERSION}", **made}

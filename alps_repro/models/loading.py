@@ -72,6 +72,18 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def merged(model: torch.nn.Module) -> torch.nn.Module:
+    """A model whose adapter is merged into its base, where its weights and biases can hold it; else the model."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel) or not hasattr(model.base_model, "merge_and_unload"):
+        return model
+    try:
+        return model.merge_and_unload()
+    except UserError:  # an offset without a bias to fold it into, refused before anything is changed
+        return model
+
+
 def _adapted(base: PreTrainedModel, folder: Path, name: str | Path) -> PreTrainedModel:
     """A base model with the adapter saved in a folder."""
     from peft import PeftModel

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from alps_repro.data.datasets import DATASETS, OFFLINE, data_hash, offline_splits, own_examples, training_examples
 from alps_repro.data.prompts import Collate, check_rows, longest, tokenize_and_count
-from alps_repro.devices import check_launch, check_products, device, processes
+from alps_repro.devices import check_launch, check_products, device, processes, resolved_precision
 from alps_repro.errors import UserError, one_of
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
@@ -21,6 +21,7 @@ from alps_repro.localization.scores import HeadScores
 from alps_repro.models.checks import QUANTIZATIONS
 from alps_repro.models.folders import resolve
 from alps_repro.models.loading import load_model
+from alps_repro.models.precision import restore, round_frozen
 from alps_repro.training.adapters import ADAPTERS, Target
 from alps_repro.training.checkpoints import base_hashes, last_checkpoint, save
 from alps_repro.training.methods import METHODS, SCOPES, check_scope
@@ -125,10 +126,12 @@ def finetune(
     model.config.use_cache = False
     tuned = trainable(model, chosen.heads, scope, adapter=chosen.adapter, rank=chosen.rank or 0, seed=seed)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    rounded = round_frozen(tuned, place.precision)
     trainer = _trainer(job, place, examples, model, tuned, tokenizer, progress)
     result = trainer.train(resume_from_checkpoint=last_checkpoint(job.checkpoints, _note(job, place, chosen, examples)))
     if trainer.is_world_process_zero():
         model.config.use_cache = True
+        restore(rounded)
         save(tuned, tokenizer, job.output, str(base))
         shutil.rmtree(job.checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
@@ -204,20 +207,15 @@ def _place(recipe: Recipe) -> Place:
             f"The batch_size {recipe.batch_size} is not a multiple of micro_batch_size {micro} times {count} "
             "processes: change one of them."
         )
-    place = Place(where, count, _precision(recipe, where), micro, recipe.batch_size // (micro * count))
+    precision = resolved_precision(recipe.precision, recipe.device)
+    if precision == "float16" and where != "cuda":
+        raise UserError("Training in float16 needs a GPU: use precision 'float32' or 'bfloat16' on a CPU.")
+    place = Place(where, count, precision, micro, recipe.batch_size // (micro * count))
     check_launch(place.precision, where)
     check_products(place.precision, where)
     if place.gpu:
         _take_card(count)
     return place
-
-
-def _precision(recipe: Recipe, where: str) -> str:
-    if recipe.precision != "auto":
-        if recipe.precision == "float16" and where != "cuda":
-            raise UserError("Training in float16 needs a GPU: use precision 'float32' or 'bfloat16' on a CPU.")
-        return recipe.precision
-    return "float16" if where == "cuda" else "float32"
 
 
 def _take_card(count: int) -> None:
@@ -249,9 +247,7 @@ def _load(job: _Job, place: Place) -> tuple[PreTrainedModel, Any]:
     from transformers import set_seed
 
     set_seed(job.seed)
-    # Trained weights are kept in float32; frozen ones may stay in the dtype in which they are stored.
-    dtype = torch.float32 if job.scope == "all" or not place.gpu else None
-    model, tokenizer = load_model(job.base, job.quantization, dtype=dtype, device=place.device)
+    model, tokenizer = load_model(job.base, job.quantization, dtype=torch.float32, device=place.device)
     if place.precision == "bfloat16" and not place.gpu:
         model.set_attn_implementation("eager")  # torch's fused attention is slow there
     return model, tokenizer

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from alps_repro.data.prompts import MAX_LOST
-from alps_repro.devices import Device
+from alps_repro.devices import Device, Precision, resolved_precision
 from alps_repro.settings import Settings
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -35,8 +35,10 @@ class Recipe(Settings):
         "response", description="tokens in the loss: the response's, or also the prompt's *"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="maximum norm of the gradients (clipping) *")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="of the forward pass; auto: float16 on a GPU, as in the paper, float32 on a CPU"
+    precision: Precision = Field(
+        "auto",
+        description="of matrix products; auto: bfloat16 where the device multiplies it fast, else float32; the paper "
+        "says float16",
     )
     device: Device = Field("auto", description="auto: the GPU where there is one")
     gradient_checkpointing: bool = False
@@ -58,6 +60,10 @@ class Recipe(Settings):
         if self.patience is not None and self.validation is None:
             raise ValueError("The patience is of losses on validation examples: give their number as 'validation'.")
         return self
+
+    def resolved(self) -> Self:
+        """The recipe with the precision that `auto` stands for on this machine."""
+        return self.model_copy(update={"precision": resolved_precision(self.precision, self.device)})
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -22,13 +22,18 @@ from tiny_models import tiny_checkpoint
 
 from alps_repro.data.datasets import OFFLINE, VALIDATION_SIZE, offline_splits
 from alps_repro.data.prompts import PROMPT
+from alps_repro.devices import resolved_precision
 from alps_repro.errors import UserError
 from alps_repro.evaluation import harness as evaluation
 from alps_repro.evaluation.benchmarks import BENCHMARKS, KNOWLEDGE, OFFLINE_METRIC, SPLITS
 from alps_repro.evaluation.harness import Evaluation, _score, evaluate
 from alps_repro.evaluation.sandbox import ProgramResult, why_not
 from alps_repro.evaluation.tasks import offline
+from alps_repro.heads.layout import HeadLayout
+from alps_repro.heads.selection import HeadSelection
 from alps_repro.models.loading import load_model
+from alps_repro.training.finetune import finetune
+from alps_repro.training.recipe import Recipe
 
 #: Needed by lm-eval's `ifeval` at import; part of the extra `benchmarks`.
 try:
@@ -224,39 +229,50 @@ def test_same_model_same_result_whatever_the_batch(loaded: tuple[Any, Any]) -> N
             assert row == {key: value for key, value in same.items() if key != "answer_loglikelihood"}
 
 
-def test_autocast_rounds_products_and_nothing_else(loaded: tuple[Any, Any]) -> None:
+def answers(model: Any, **requested: Any) -> list[float]:
+    """Log-likelihoods of the right answers to a few questions."""
+    found = evaluate(model, ["chain_sum"], limit=12, progress=False, **requested)
+    return [row["answer_loglikelihood"] for row in found.samples["chain_sum"]]
+
+
+def test_precision_is_of_products_and_nothing_else(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-
-    def answers(autocast: str) -> np.ndarray:
-        found = evaluate(model, ["chain_sum"], tokenizer=tokenizer, limit=12, autocast=autocast, progress=False)
-        return np.array([row["answer_loglikelihood"] for row in found.samples["chain_sum"]])
-
-    exact, rounded = answers("none"), answers("bfloat16")
-    assert (exact != rounded).all()
-    np.testing.assert_allclose(rounded, exact, rtol=2**-7)  # bfloat16 has 8 bits
+    exact = answers(model, tokenizer=tokenizer, precision="float32")
+    rounded = answers(model, tokenizer=tokenizer, precision="bfloat16")
+    assert all(a != b for a, b in zip(exact, rounded, strict=True))
+    assert rounded == pytest.approx(exact, rel=2**-7)  # bfloat16 has 8 bits
+    # Logarithms of probabilities are taken, and summed, in float32: in bfloat16 they would have 8 bits.
+    assert not set(rounded) & set(torch.tensor(rounded).bfloat16().tolist())
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
-    with pytest.raises(UserError, match="There is no autocast 'fp16': known are"):
-        evaluate(model, ["chain_sum"], tokenizer=tokenizer, autocast="fp16")
+    with pytest.raises(UserError, match="There is no precision 'fp16': known are"):
+        evaluate(model, ["chain_sum"], tokenizer=tokenizer, precision="fp16")
 
 
-def test_dtype_is_what_weights_are_loaded_in_whatever_they_are_stored_in(tmp_path: Path, tiny: Path) -> None:
+def test_models_answer_alike_whatever_they_are_stored_in(tmp_path: Path, tiny: Path) -> None:
     """A tuned model is saved in float32, a base often in bfloat16: with the same weights they answer the same."""
     model, tokenizer = load_model(tiny, dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        model.to(dtype).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for precision in ("float32", "bfloat16"):
+        # Under autocast alone; float32 sums depend on where a tensor begins in memory.
+        loaded, tokenizer = load_model(tmp_path / "float32", dtype=torch.float32)
+        of_loaded = pytest.approx(answers(loaded, tokenizer=tokenizer, precision=precision), rel=1e-6)
+        assert answers(tmp_path / "bfloat16", precision=precision) == of_loaded
+        assert answers(tmp_path / "float32", precision=precision) == of_loaded
+    assert answers(tmp_path / "float32") == answers(tmp_path / "float32", precision=resolved_precision("auto"))
 
-    def answers(model: Any, **asked: Any) -> list[float]:
-        found = evaluate(model, ["chain_sum"], limit=3, progress=False, **asked)
-        return [row["answer_loglikelihood"] for row in found.samples["chain_sum"]]
 
-    rounded = answers(tmp_path, dtype="bfloat16")
-    assert answers(tiny, dtype="bfloat16") == answers(model, tokenizer=tokenizer) == rounded
-    exact = answers(tiny)
-    assert all(a != b for a, b in zip(exact, rounded, strict=True))
-    assert rounded == pytest.approx(exact, rel=2**-7)
-    assert answers(tmp_path) != rounded  # a base that is stored in bfloat16 is not evaluated in it unasked
-    # Logarithms of probabilities are taken, and summed, in float32: in bfloat16 they would have 8 bits.
-    assert rounded != torch.tensor(rounded).bfloat16().tolist()
+@pytest.mark.parametrize("method", ["alps", "lora"])
+def test_an_adapter_is_merged_and_answers_as_it_would_unmerged(method: str, tmp_path: Path, tiny: Path) -> None:
+    rows = [{"instruction": f"What is {i} + 1?", "response": str(i + 1)} for i in range(8)]
+    recipe = Recipe(learning_rate=1e-2, batch_size=4, micro_batch_size=4, max_steps=3, precision="float32")
+    heads = {"heads": HeadSelection.random(HeadLayout.of(load_model(tiny)[0]), 0.3, seed=0)} if method == "alps" else {}
+    finetune(tiny, rows, tmp_path / "out", method=method, scope="heads", recipe=recipe, progress=False, **heads)
+    model, tokenizer = load_model(tmp_path / "out", dtype=torch.float32)
+    unmerged = answers(model, tokenizer=tokenizer, precision="float32")
+    assert answers(tmp_path / "out", precision="float32") == pytest.approx(unmerged, rel=1e-5)
+    assert unmerged != pytest.approx(answers(tiny, precision="float32"), rel=1e-3)
 
 
 def test_another_model_is_not_given_the_old_answers(tmp_path: Path, loaded: tuple[Any, Any]) -> None:
@@ -661,8 +677,7 @@ def test_missing_package_is_named(loaded: tuple[Any, Any]) -> None:
         ("chain_sum", {}, "a list of task names"),
         ([], {}, "a list of task names"),
         (["chain_sum"], {"template": "alpacca"}, "no template 'alpacca': did you mean 'alpaca'"),
-        (["chain_sum"], {"dtype": "fp16"}, "no dtype 'fp16': known are: bfloat16, float16, float32"),
-        (["chain_sum"], {"dtype": "bfloat16"}, "loaded model is in float32, and dtype 'bfloat16'"),
+        (["chain_sum"], {"precision": "fp16"}, "no precision 'fp16': known are: auto, bfloat16, float16, float32"),
         (["chain_sum"], {"quantization": "8bit"}, "loaded model is not quantized to 8bit"),
         (["chain_sum"], {"tokenizer": None}, "needs its tokenizer"),
         (["chain_sum"], {"split": "valid"}, "no split 'valid': did you mean 'validation'"),

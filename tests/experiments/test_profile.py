@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from alps_repro.devices import resolved_precision
 from alps_repro.errors import UserError
 from alps_repro.experiments.configs import (
     EmbedConfig,
@@ -112,8 +113,7 @@ OTHER: dict[type[Settings], dict[str, Any]] = {
         "quantization": "8bit",
         "template": "alpaca",
         "split": "validation",
-        "autocast": "bfloat16",
-        "dtype": "bfloat16",
+        "precision": "float16",
         "device": "cpu",
         "allow_code": True,
         "max_lost": 0.2,
@@ -729,11 +729,11 @@ def test_runs_about_the_whole_profile(tmp_path: Path) -> None:
     assert profile.embedding().datasets == ("chain_sum", "basic_arithmetic", "gcd")
 
 
-def test_device_and_dtype_of_a_profile_are_those_of_its_runs(tmp_path: Path) -> None:
-    plain, mine = profile_of(tmp_path), profile_of(tmp_path, device="cuda", eval_dtype="bfloat16")
-    for profile, device, dtype in ((plain, "auto", "float32"), (mine, "cuda", "bfloat16")):
+def test_device_and_precision_of_a_profile_are_those_of_its_runs(tmp_path: Path) -> None:
+    plain, mine = profile_of(tmp_path), profile_of(tmp_path, device="cuda", eval_precision="float16")
+    for profile, device, precision in ((plain, "auto", resolved_precision("auto")), (mine, "cuda", "float16")):
         alps, base = (profile.evaluation(profile.run(method=name)) for name in ("alps", "vanilla"))
-        assert (alps.dtype, base.dtype) == (dtype, dtype)
+        assert (alps.precision, base.precision) == (precision, precision)
         hifi = profile.localization(profile.run(method="hifi"))
         runs = [alps, base, alps.model.recipe, alps.model.localization.task_model.recipe, hifi, profile.importance()]
         assert {run.device for run in [*runs, profile.embedding()]} == {device}
@@ -753,7 +753,7 @@ def test_profiles_for_gpus_stop_without_one_and_evaluate_all_models_alike(name: 
     profile = Profile.load(name)
     for run in (profile.run(method="vanilla"), profile.run(method="full"), profile.run(method="alps")):
         config = profile.evaluation(run)
-        assert (config.dtype, config.device) == ("bfloat16", "cuda")
+        assert (config.precision, config.device) == ("bfloat16", "cuda")
 
 
 # Notebook parameters

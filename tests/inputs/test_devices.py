@@ -17,8 +17,11 @@ from transformers import Trainer
 
 from alps_repro import Recipe, devices, finetune, load_model
 from alps_repro.errors import UserError
+from alps_repro.evaluation import harness
 from alps_repro.evaluation.harness import evaluate
+from alps_repro.experiments.configs import EvaluateConfig, FinetuneConfig
 from alps_repro.models import loading
+from alps_repro.settings import with_former
 from alps_repro.training import finetune as training
 
 KIND = "Machines"
@@ -226,10 +229,10 @@ def test_cpu_that_is_asked_for_leaves_a_gpu_alone(
     monkeypatch.setattr(torch.cuda.random, "get_rng_state", torch.get_rng_state)
     assert load_model(base, device="cpu")[0].device.type == "cpu"
     assert len(run(base, tmp_path / "out", device="cpu").losses) == 4
-    assert evaluate(base, ["chain_sum"], limit=1, dtype="bfloat16", device="cpu", progress=False).scores
+    assert evaluate(base, ["chain_sum"], limit=1, precision="bfloat16", device="cpu", progress=False).scores
 
 
-# One dtype for all that is compared
+# One precision for all that is compared
 
 
 @pytest.fixture(scope="module")
@@ -245,47 +248,57 @@ def stored(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {path.name: path for path in folder.iterdir() if path.is_dir()}
 
 
-@pytest.mark.parametrize("cards", [0, 1])
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("name", "happens"),
     [
-        brought(KIND, "a checkpoint stored in float32, evaluated", "loaded in the evaluation's dtype", "float32"),
-        brought(KIND, "a checkpoint stored in bfloat16, evaluated", "loaded in the evaluation's dtype", "bfloat16"),
-        brought(KIND, "an adapter of a bfloat16 base, evaluated", "loaded in the evaluation's dtype", "adapter"),
+        brought(KIND, "a checkpoint stored in float32, evaluated", "multiplied in its precision", "float32"),
+        brought(KIND, "a checkpoint stored in bfloat16, evaluated", "multiplied in its precision", "bfloat16"),
+        brought(KIND, "an adapter of a bfloat16 base, evaluated", "multiplied in its precision", "adapter"),
     ],
 )
-def test_evaluated_in_one_dtype(
-    name: str,
-    happens: str,
-    dtype: str | None,
-    cards: int,
-    stored: dict[str, Path],
-    machine: Any,
-    monkeypatch: pytest.MonkeyPatch,
+def test_evaluated_in_one_precision(
+    name: str, happens: str, precision: str, stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU, too, where a checkpoint's own dtype was taken."""
-    from transformers import AutoModelForCausalLM
-
     given: list[Any] = []
 
-    def stop(*words: Any, **asked: Any) -> Any:
-        given.append(asked["dtype"])
+    def stop(job: Any, model: Any, tokenizer: Any, of_products: str) -> Any:
+        given.append((model, of_products))
         raise UserError("loaded.")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
-    machine(cards, present=False)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(harness, "_lm", stop)
     with pytest.raises(UserError, match="loaded"):
-        evaluate(stored[name], ["chain_sum"], dtype=dtype)
-    assert given == [getattr(torch, dtype or "float32")]
+        evaluate(stored[name], ["chain_sum"], precision=precision)
+    ((model, of_products),) = given
+    linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert of_products == precision
+    assert {w.dtype for w in linear} == {getattr(torch, precision)}
+    assert {p.dtype for p in model.parameters() if p not in linear} == {torch.float32}
+    assert not hasattr(model, "peft_config")  # merged
+
+
+def test_a_machine_decides_what_auto_stands_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, when a configuration is made; records from before read it as what it was then."""
+    for amx, precision in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(devices, "_amx", lambda amx=amx: amx)
+        assert devices.resolved_precision("auto") == precision
+        config = EvaluateConfig(model="m", tasks=("chain_sum",))
+        tuning = FinetuneConfig(base="m", dataset="chain_sum", method="full")
+        assert (config.precision, tuning.recipe.precision) == (precision, precision)
+        assert run(base, base.parent / f"{precision}", max_steps=1).losses
+    assert devices.resolved_precision("auto", "cuda") == "bfloat16"  # on a machine without a GPU, for one that has one
+    assert devices.resolved_precision("float16", "cpu") == "float16"
+    old = {"base": "m", "dataset": "chain_sum", "method": "full", "recipe": {"precision": "auto"}}
+    whole = {**FinetuneConfig(**old).dump(), "recipe": {**Recipe().dump(), "precision": "auto"}}
+    assert with_former(FinetuneConfig, whole)["recipe"]["precision"] == "float32"
+    assert with_former(FinetuneConfig, whole, gpu=True)["recipe"]["precision"] == "float16"
 
 
 @pytest.mark.parametrize(
     ("asked", "happens"),
     [
-        brought(KIND, "a model loaded in bfloat16, dtype 'float32'", "is in bfloat16", {"dtype": "float32"}),
-        brought(KIND, "a model loaded in bfloat16, dtype 'fp32'", "no dtype 'fp32'", {"dtype": "fp32"}),
+        brought(KIND, "a model loaded in bfloat16, precision 'float32'", "is in bfloat16", {"precision": "float32"}),
+        brought(KIND, "a model loaded in bfloat16, precision 'fp32'", "no precision 'fp32'", {"precision": "fp32"}),
         brought(
             KIND,
             "a model loaded as it is stored, quantization '4bit'",
