@@ -25,7 +25,7 @@ from alps_repro.training.adapters import ADAPTERS, Target
 from alps_repro.training.checkpoints import base_hashes, last_checkpoint, save
 from alps_repro.training.methods import METHODS, SCOPES, check_scope
 from alps_repro.training.recipe import Recipe
-from alps_repro.training.trainer import show_bar_only, stop_if_diverged, trainer_of
+from alps_repro.training.trainer import show_bar_only, skipped_steps, stop_if_diverged, trainer_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,7 @@ class Finetuned:
         rows: counts of training examples: `given` and `used`; `cut` at `max_length` tokens, the recipe's or the
             model's; `dropped`, because the prompt leaves no room for an answer; `empty`, without an instruction or a
             response; and those that spell out `special` tokens. Empty if nothing was trained.
+        skipped: optimizer steps that changed nothing, because gradients overflowed in float16.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Finetuned:
     validation: tuple[float, ...] = ()
     closed_gates: dict[str, tuple[int, int]] | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
 
 def finetune(
@@ -132,7 +134,8 @@ def finetune(
         save(tuned, tokenizer, job.output, str(base))
         shutil.rmtree(job.checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
-    return _report(job, chosen, examples, trainer.state, result.metrics, tuned, trained, total)
+    report = _report(job, chosen, examples, trainer.state, result.metrics, tuned, trained, total)
+    return replace(report, skipped=skipped_steps(trainer))
 
 
 @dataclass(frozen=True)
