@@ -252,8 +252,11 @@ def _load(job: _Job, place: Place) -> tuple[PreTrainedModel, Any]:
     from transformers import set_seed
 
     set_seed(job.seed)
-    # Trained weights are kept in float32; frozen ones may stay in the dtype in which they are stored.
-    dtype = torch.float32 if job.scope == "all" or not place.gpu else None
+    # Trained weights are kept in float32; frozen ones may stay in the dtype in which they are stored. What surrounds
+    # quantized weights is in the precision: otherwise they would be multiplied in another dtype than the rest.
+    dtype: torch.dtype | None = torch.float32
+    if job.scope == "heads" and place.gpu and place.precision != "float32":
+        dtype = None if job.quantization == "none" else getattr(torch, place.precision)
     model, tokenizer = load_model(job.base, job.quantization, dtype=dtype, device=place.device)
     if place.precision == "bfloat16" and not place.gpu:
         model.set_attn_implementation("eager")  # torch's fused attention is slow there

@@ -23,6 +23,7 @@ from alps_repro import Finetuned, HeadLayout, HeadScores, HeadSelection, Recipe,
 from alps_repro.data.datasets import training_examples
 from alps_repro.data.prompts import IGNORED, PROMPT, Collate, tokenize
 from alps_repro.errors import UserError
+from alps_repro.training.finetune import Place, _Job, _load
 from alps_repro.training.trainer import FIRST_SCALE, trainer_of
 
 ROWS = [
@@ -541,6 +542,34 @@ def test_first_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     trainer_of(model, model=model, args=TrainingArguments(tmp_path, use_cpu=True))
     assert scaler.get_scale() == FIRST_SCALE < 32_768
     assert scaler.get_growth_interval() == 2000  # torch's
+
+
+@pytest.mark.parametrize(
+    ("scope", "quantization", "where", "precision", "dtype"),
+    [
+        ("all", "none", "cuda", "bfloat16", torch.float32),
+        ("heads", "none", "cuda", "bfloat16", None),  # as stored
+        ("heads", "none", "cuda", "float16", None),
+        ("heads", "none", "cuda", "float32", torch.float32),
+        ("heads", "4bit", "cuda", "bfloat16", torch.bfloat16),
+        ("heads", "4bit", "cuda", "float16", torch.float16),
+        ("heads", "8bit", "cuda", "float32", torch.float32),
+        ("heads", "4bit", "cpu", "bfloat16", torch.float32),
+        ("heads", "none", "cpu", "float32", torch.float32),
+    ],
+)
+def test_dtype_in_which_a_base_is_loaded(
+    scope: str, quantization: str, where: str, precision: str, dtype: torch.dtype | None, monkeypatch: Any
+) -> None:
+    """On a GPU what surrounds quantized weights is in the precision, and float32 computes in float32."""
+    loaded = []
+    model = tiny_model("llama")
+    monkeypatch.setattr(
+        "alps_repro.training.finetune.load_model", lambda *a, **k: (loaded.append(k["dtype"]), (model, None))[1]
+    )
+    job = _Job("base", "data", Path("out"), "full", 1.0, scope, quantization, 0, 0, Recipe())
+    _load(job, Place(where, 1, precision, 1, 1))
+    assert loaded == [dtype]
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
