@@ -241,8 +241,9 @@ def trained_parameters(config: FinetuneConfig) -> tuple[int, int]:
     return outside + least * layout.head_dim * model.row, outside + most * layout.head_dim * model.row
 
 
-def _on_gpu(base: str) -> bool:
-    return base != EMBEDDED
+def _on_gpu(base: str, device: str) -> bool:
+    """Whether a run is planned for a GPU: all are but those of the embedded model, unless its device says so."""
+    return device == "cuda" or (device == "auto" and base != EMBEDDED)
 
 
 def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, float]:
@@ -260,7 +261,7 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
     model = shape(config.base)
     recipe, layout = config.recipe, model.layout
     size = size or lengths(config.dataset, recipe.max_length)
-    gpu, quantized = _on_gpu(config.base), config.quantization != "none"
+    gpu, quantized = _on_gpu(config.base, recipe.device), config.quantization != "none"
     precision = _precision(config)
     number = 4 if precision == "float32" else 2
     trained = trained_parameters(config)[1]
@@ -306,7 +307,7 @@ def _precision(config: FinetuneConfig) -> str:
     """In which a fine-tuning runs its forward pass."""
     if config.recipe.precision != "auto":
         return config.recipe.precision
-    return "float16" if _on_gpu(config.base) else "float32"
+    return "float16" if _on_gpu(config.base, config.recipe.device) else "float32"
 
 
 def _logits(config: FinetuneConfig, number: int, size: Lengths) -> float:
@@ -435,6 +436,7 @@ def assumptions(profile: Profile) -> list[str]:
     longest = max((config.recipe.max_length for config in configs), default=0)
     measured = [f"{name} {lengths(name, longest).mean:.0f} to {lengths(name, longest).longest}" for name in own]
     bases = sorted({config.base for config in configs})
+    on_gpu = sorted({config.base for config in configs if _on_gpu(config.base, config.recipe.device)})
     lines = [
         "GB are 10^9 bytes, of one process; the total adds up what does not all peak together. "
         "Weights that are trained are held in float32, with a gradient and two moments of AdamW. 'models': all saved "
@@ -442,13 +444,13 @@ def assumptions(profile: Profile) -> list[str]:
         "Where heads follow from scores, trained weights are a range: they depend on which heads share a group; memory "
         "is that of the largest.",
     ]
-    if any(map(_on_gpu, bases)):
+    if on_gpu:
         lines.append(
-            f"{', '.join(filter(_on_gpu, bases))}: on a GPU, forward pass in float16 (or the recipe's precision) "
+            f"{', '.join(on_gpu)}: on a GPU, forward pass in float16 (or the recipe's precision) "
             f"with copies of the weights in it, and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B "
             "on an H100 held 6 to 16 % less than this says; larger models were not measured."
         )
-    if EMBEDDED in bases:
+    if EMBEDDED in bases and EMBEDDED not in on_gpu:
         lines.append(
             f"{EMBEDDED}: in float32 on a CPU; interpreter and libraries (0.6 GB) come on top, and freed blocks that "
             "the C library's allocator keeps."
@@ -477,18 +479,19 @@ CPU_PROMPT = 512
 def resources(config: FinetuneConfig | LocalizeConfig | EvaluateConfig) -> dict[str, int]:
     """What a run asks a cluster for: `mem_mb` (main memory, 10^6 bytes) and `gpu` (how many).
 
-    All models but the embedded one are taken to run on a GPU; localizations read projections one by one and run on
-    the CPU. An evaluation makes its fine-tuning where that is not there, and asks for the larger of the two. On a CPU
-    half as much again as planned is asked for, and what checkpointing saves is not taken off: the C library's
-    allocator keeps freed blocks, up to that much in trainings of SmolLM2. Beside a GPU: the float32 weights once, for
-    saving them.
+    All models but the embedded one are taken to run on a GPU, and that one where its device is `cuda`; localizations
+    read projections one by one and run on the CPU. An evaluation makes its fine-tuning where that is not there, and
+    asks for the larger of the two. On a CPU half as much again as planned is asked for, and what checkpointing saves
+    is not taken off: the C library's allocator keeps freed blocks, up to that much in trainings of SmolLM2. Beside a
+    GPU: the float32 weights once, for saving them.
     """
     if isinstance(config, LocalizeConfig):
         return {"mem_mb": 4000, "gpu": 0}
     tuning = config if isinstance(config, FinetuneConfig) else config.model
     base = tuning if isinstance(tuning, str) else tuning.base
     model = shape(base)
-    if _on_gpu(base):
+    device = config.recipe.device if isinstance(config, FinetuneConfig) else config.device
+    if _on_gpu(base, device):
         return {"mem_mb": math.ceil((4 * model.total + 4 * GB) / 1e6), "gpu": 1}
     tensors = 0.0
     if isinstance(tuning, FinetuneConfig):

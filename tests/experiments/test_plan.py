@@ -327,13 +327,36 @@ def test_gpus_are_asked_for_where_models_are_trained_or_asked() -> None:
         for config in getattr(runs, kind).values():
             assert resources(config)["gpu"] == gpus
             assert 1000 < resources(config)["mem_mb"] < 100_000
-    assert resources(EvaluateConfig.check(model=EMBEDDED, tasks=("chain_sum",)))["gpu"] == 0
+    for device, gpus in (("auto", 0), ("cpu", 0), ("cuda", 1)):
+        assert resources(EvaluateConfig.check(model=EMBEDDED, tasks=("chain_sum",), device=device))["gpu"] == gpus
 
 
-def test_workflow_finds_what_each_of_its_jobs_asks_for(tmp_path: Path) -> None:
+def test_smoke_profiles_use_the_gpu_in_every_precision() -> None:
+    trained = []
+    for name in ("gpu-smoke", "gpu-smoke-4bit"):
+        runs = needed(Profile.load(name))
+        for config in runs.finetunings.values():
+            trained.append((config.method, config.scope, config.quantization, config.recipe.precision))
+            assert config.recipe.device == "cuda"
+            assert resources(config)["gpu"] == 1
+        assert {(config.device, config.dtype) for config in runs.evaluations.values()} == {("cuda", "bfloat16")}
+    assert sorted(trained) == [
+        ("alps", "heads", "4bit", "bfloat16"),
+        ("alps", "heads", "none", "bfloat16"),
+        ("full", "all", "none", "bfloat16"),
+        ("full", "heads", "4bit", "bfloat16"),
+        ("lora", "heads", "4bit", "bfloat16"),
+        ("lora", "heads", "none", "bfloat16"),
+        ("random", "all", "none", "float16"),
+        ("random", "heads", "4bit", "float16"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpu-4bit", "gpu-smoke", "gpu-smoke-4bit"])
+def test_workflow_finds_what_each_of_its_jobs_asks_for(name: str, tmp_path: Path) -> None:
     pytest.importorskip("snakemake")
     profile = tmp_path / "profile.yaml"
-    profile.write_text(f"{(ROOT / 'profiles' / 'gpu-4bit.yaml').read_text()}\nresults: {tmp_path / 'results'}\n")
+    profile.write_text(f"{(ROOT / 'profiles' / f'{name}.yaml').read_text()}\nresults: {tmp_path / 'results'}\n")
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "workflow" / "Snakefile"), "--dry-run", "--quiet"]
     command += ["--configfile", str(profile), "--directory", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
