@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +17,15 @@ from pathlib import Path
 
 from alps_repro.devices import hidden, present, unusable
 from alps_repro.evaluation.sandbox import why_not
+from alps_repro.experiments.configs import FinetuneConfig
+from alps_repro.experiments.plan import KNOWN, memory
 from alps_repro.models.embedded import EMBEDDED, GGUF_SHA256, cache_folder
+from alps_repro.training.methods import SCOPES
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
+
+#: Compute capability of NVIDIA GPUs from which bfloat16 products have hardware of their own (Ampere).
+FAST_BFLOAT16 = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -61,17 +70,71 @@ def _packages() -> Finding:
     return Finding(True, f"Packages are the locked ones (torch {wanted['torch']}, peft {wanted['peft']}).")
 
 
-def _gpu() -> Finding:
+def _cards() -> Iterator[Finding]:
+    """Each GPU that torch sees, and what the first one holds."""
+    import torch
+
+    count, least = torch.cuda.device_count(), math.inf
+    for card in range(count):
+        try:
+            free, total = torch.cuda.mem_get_info(card)
+            name, capability = torch.cuda.get_device_name(card), torch.cuda.get_device_capability(card)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150].rstrip(".: ")
+            yield Finding(False, f"There is a GPU that does not respond ({reason}): see what nvidia-smi says.")
+            return
+        least = min(least, total)
+        bfloat16 = "bfloat16 is fast" if capability >= FAST_BFLOAT16 else "bfloat16 is slow there: train in float32"
+        yield Finding(
+            True,
+            f"GPU {card}, {name}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free, compute capability "
+            f"{'.'.join(map(str, capability))}, {bfloat16}.",
+        )
+    if count > 1:
+        yield Finding(True, f"A run without a launcher uses one of {count} GPUs.")
+    yield Finding(True, _fits(least))
+
+
+def _fits(size: float) -> str:
+    """The largest of the paper's models that a GPU of `size` bytes trains, by the plan, in each scope."""
+    largest = {}
+    recipe = {"device": "cuda", "micro_batch_size": 1, "gradient_checkpointing": True}
+    for scope in SCOPES:
+        for base in sorted(KNOWN, key=lambda name: KNOWN[name].total):
+            config = FinetuneConfig.check(base=base, dataset="ultrachat", method="random", scope=scope, recipe=recipe)
+            if sum(memory(config).values()) <= size:
+                largest[scope] = base
+    text = "; ".join(f"scope {scope} {largest.get(scope, 'none of the known models')}" for scope in SCOPES)
+    return f"By the plan it trains, in micro-batches of 1 with gradient checkpointing and no quantization: {text}."
+
+
+def _driver() -> Finding:
+    """The driver's version and CUDA, beside the CUDA that torch is built for."""
     import torch
 
     try:
-        (free, total), name = torch.cuda.mem_get_info(), torch.cuda.get_device_name()
-    except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:150].rstrip(".: ")
-        return Finding(False, f"There is a GPU that does not respond ({reason}): see what nvidia-smi says.")
-    text = f"{name}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    cards = torch.cuda.device_count()
-    return Finding(True, text + ("." if cards == 1 else f"; a run without a launcher uses one of {cards} GPUs."))
+        shown = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    version, cuda = (re.search(rf"{name} Version: *([\d.]+)", shown) for name in ("Driver", "CUDA"))
+    built = torch.version.cuda or "none"
+    text = (
+        f"Driver {version[1] if version else 'unknown'} for CUDA {cuda[1] if cuda else 'unknown'}; torch is built for "
+    )
+    if torch.version.cuda and cuda and int(built.split(".")[0]) > int(cuda[1].split(".")[0]):
+        return Finding(False, f"{text}CUDA {built}: update the driver, or install a torch that is built for its CUDA.")
+    return Finding(True, f"{text}CUDA {built}.")
+
+
+def _processor() -> str:
+    """The processor and what it multiplies bfloat16 with, in a few words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    amx = "with AMX: bfloat16 is fast" if "amx_bf16" in facts.get("flags", "").split() else "without AMX"
+    return f"{facts.get('model name') or platform.machine()}, {amx}"
 
 
 def _device() -> Iterator[Finding]:
@@ -79,26 +142,35 @@ def _device() -> Iterator[Finding]:
 
     why, used = unusable(), f"{os.cpu_count()} processors, {torch.get_num_threads()} used"
     if why is None:
-        yield _gpu()
+        yield from _cards()
     elif present() and not hidden():
         text = f"There is a GPU that torch cannot use: {why}; runs stop until it works, or with device 'cpu'."
         yield Finding(False, text)
     else:
         text = f"No GPU: {why}; profile quick is made for this ({used}), and runs with device 'cuda' stop."
         yield Finding(True, text)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    good = memory >= 7.5
-    yield Finding(good, f"{memory:.0f} GiB of memory" + ("." if good else "; profile quick needs 8: close programs."))
+    if present():
+        yield _driver()
+    yield Finding(True, f"Processor: {_processor()}.")
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    good = size >= 7.5
+    yield Finding(good, f"{size:.0f} GiB of memory" + ("." if good else "; profile quick needs 8: close programs."))
 
 
 def _bitsandbytes() -> Finding:
     try:
         bitsandbytes = importlib.import_module("bitsandbytes")
+        library = importlib.import_module("bitsandbytes.cextension").lib
     except Exception as error:
         text = f"bitsandbytes does not load ({type(error).__name__}): 4 and 8 bit are unavailable; reinstall it."
         return Finding(False, text, needed=False)
+    if unusable() is None and not library.compiled_with_cuda:
+        text = "bitsandbytes loads no CUDA library: no 4 and 8 bit on the GPU; 'python -m bitsandbytes' says why."
+        return Finding(False, text, needed=False)
     devices = ", ".join(sorted(getattr(bitsandbytes, "supported_torch_devices", {"cpu"})))
-    return Finding(True, f"bitsandbytes {bitsandbytes.__version__} for 4 and 8 bit, on: {devices}.", needed=False)
+    path = getattr(getattr(library, "_lib", None), "_name", None)
+    text = f"bitsandbytes {bitsandbytes.__version__} for 4 and 8 bit, on: {devices}"
+    return Finding(True, text + (f" ({Path(path).name})." if path else "."), needed=False)
 
 
 def _sandbox() -> Finding:

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_checkpoint
@@ -455,6 +457,60 @@ def test_doctor_says_what_is_wrong_with_a_gpu(
     assert (found.good, found.needed) == (good, True)
 
 
+def _smi(text: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: subprocess.CompletedProcess(args, 0, text, "")
+
+
+@pytest.mark.parametrize(
+    ("shown", "built", "good", "says"),
+    [
+        (
+            "Driver Version: 550.54.15   CUDA Version: 12.4 |",
+            "12.8",
+            True,
+            "Driver 550.54.15 for CUDA 12.4; torch is b",
+        ),
+        ("Driver Version: 550.54.15   CUDA Version: 12.4 |", "13.0", False, "built for CUDA 13.0: update the driver"),
+        ("", "12.8", True, "Driver unknown for CUDA unknown; torch is built for CUDA 12.8."),
+        ("Driver Version: 550.54.15   CUDA Version: 12.4 |", None, True, "torch is built for CUDA none."),
+    ],
+)
+def test_doctor_knows_driver_and_cuda(
+    shown: str, built: str | None, good: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor.subprocess, "run", _smi(shown))
+    monkeypatch.setattr(torch.version, "cuda", built)
+    found = doctor._driver()
+    assert says in found.text
+    assert found.good == good
+
+
+def test_doctor_knows_the_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: by what torch would say of two."""
+    cards = {"device_count": 2, "mem_get_info": (70 * 2**30, 79 * 2**30), "get_device_name": "NVIDIA H100"}
+    for name, value in {**cards, "get_device_capability": (9, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *card, value=value: value)
+    lines = [found.text for found in doctor._cards()]
+    assert lines[1] == "GPU 1, NVIDIA H100: 70 of 79 GiB free, compute capability 9.0, bfloat16 is fast."
+    assert lines[2] == "A run without a launcher uses one of 2 GPUs."
+    assert "scope all meta-llama/Llama-3.2-3B; scope heads meta-llama/Llama-3.1-8B." in lines[3]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *card: (7, 5))
+    assert next(doctor._cards()).text.endswith("bfloat16 is slow there: train in float32.")
+
+
+def test_doctor_knows_what_fits() -> None:
+    assert "scope all none of the known models; scope heads none" in doctor._fits(1e8)
+    assert "scope all meta-llama/Llama-3.1-8B" in doctor._fits(200e9)
+
+
+def test_doctor_knows_when_bitsandbytes_has_no_library_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._bitsandbytes().good
+    monkeypatch.setattr(doctor, "unusable", lambda: None)
+    found = doctor._bitsandbytes()
+    assert (found.good, found.needed) == (False, False)
+    assert "loads no CUDA library" in found.text
+
+
 def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_path: Path) -> None:
     """GPUs are hidden from the tests: one that is asked for stops the run."""
     results, words = f"--results={tmp_path}", (str(models / "base"), "chain_sum", "--device=cuda")
@@ -477,7 +533,17 @@ def test_doctor_says_a_line_a_thing_and_no_secret(shell: Shell, monkeypatch: pyt
     assert ran.status in (0, 1)
     lines = ran.out.splitlines()
     assert all(re.match(r"(ok     |missing)  \S.*\.$", line) for line in lines)
-    for thing in ("Python", "ackages", "memory", "bitsandbytes", "disk", "smollm2-135m", "hub can", "hub token"):
+    for thing in (
+        "Python",
+        "ackages",
+        "memory",
+        "Processor: ",
+        "bitsandbytes",
+        "disk",
+        "smollm2-135m",
+        "hub can",
+        "hub token",
+    ):
         assert sum(thing in line for line in lines) == 1, thing
     assert "hf_secret" not in ran.out + ran.err
     assert "A hub token is set." in ran.out

@@ -70,6 +70,26 @@ def test_ci_runs_what_the_readme_says():
     assert "make test" in README
 
 
+def test_workflow_for_gpus_names_what_there_is():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "reproduce.yml").read_text())
+    triggers = workflow[True]  # YAML reads "on" so
+    assert list(triggers) == ["workflow_dispatch"]  # nothing by the clock
+    choices = triggers["workflow_dispatch"]["inputs"]["profile"]
+    assert choices["default"] in choices["options"]
+    (job,) = workflow["jobs"].values()
+    commands = "\n".join(step.get("run", "") for step in job["steps"])
+    for words in ("make .venv/.made", "nvidia-smi", "alps-repro doctor", "--keep-going"):
+        assert words in commands
+    assert "$(MADE):" in (ROOT / "Makefile").read_text()
+    assert '"profiles/$PROFILE.yaml"' in commands
+    (upload,) = (step["with"] for step in job["steps"] if "upload" in step.get("uses", ""))
+    for name in choices["options"]:
+        assert Profile.load(name).results == f"results/{name}"
+        paths = upload["path"].replace("${{ inputs.profile }}", name).split()
+        parts = ("records", "notebooks", "tables", "figures", "claims.csv", "logs")
+        assert paths == [f"results/{name}/{part}" for part in parts]
+
+
 def test_citation_names_package_and_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)

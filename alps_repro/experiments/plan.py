@@ -43,6 +43,9 @@ ASSUMED: dict[str, tuple[int, int]] = {
 
 OFFLINE_EXAMPLES = 64  # measured for the length of an offline data set
 
+#: Positions whose logits are held at a time: `training.loss.CHUNK`, which is not imported because torch is slow to.
+CHUNK = 1024
+
 #: Bytes that a card loses to CUDA's context and the libraries' workspaces: assumed, not measured.
 CARD_OVERHEAD = 1 * GB
 
@@ -238,8 +241,9 @@ def trained_parameters(config: FinetuneConfig) -> tuple[int, int]:
     return outside + least * layout.head_dim * model.row, outside + most * layout.head_dim * model.row
 
 
-def _on_gpu(base: str) -> bool:
-    return base != EMBEDDED
+def _on_gpu(base: str, device: str) -> bool:
+    """Whether a run is planned for a GPU: all are but those of the embedded model, unless its device says so."""
+    return device == "cuda" or (device == "auto" and base != EMBEDDED)
 
 
 def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, float]:
@@ -247,22 +251,26 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
 
     Interpreter and libraries come on top. The sum was compared with trainings of SmolLM2 on a CPU and steps of
     Llama-3.2-1B on an H100 (`tests/experiments/test_plan.py`). By default a batch is as wide as the data set's longest
-    example, and has as many logits as the longest response.
+    example, and has as many loss tokens as the longest response.
 
     weights: float32 where the scope is `all` (frozen rows included); else as stored or quantized, and float32 for the
         trained rows. copies: weights in the precision of the forward pass, where it is another one. gradients,
         optimizer: float32, two moments of AdamW. activations: what the backward pass has to find again, see `_layer`.
-        logits: thrice in float32 (themselves, their logarithms, the gradient) for every token of the response.
+        logits: see `_logits`.
     """
     model = shape(config.base)
     recipe, layout = config.recipe, model.layout
     size = size or lengths(config.dataset, recipe.max_length)
-    gpu, quantized = _on_gpu(config.base), config.quantization != "none"
-    precision = ("float16" if gpu else "float32") if recipe.precision == "auto" else recipe.precision
+    gpu, quantized = _on_gpu(config.base, recipe.device), config.quantization != "none"
+    precision = _precision(config)
     number = 4 if precision == "float32" else 2
     trained = trained_parameters(config)[1]
     micro = min(recipe.micro_batch_size, recipe.batch_size)
     output = model.vocabulary * layout.hidden_size
+    # Bytes of a frozen weight that is not quantized.
+    kept = 4 if number == 4 or not gpu or config.scope == "all" else number if quantized else model.stored
+    # bfloat16 weights count as another precision than float16.
+    same = kept == number and (quantized or precision != "float16")
 
     if config.scope == "all":
         # The rows of selected heads are parameters of their own beside the frozen matrix they replace.
@@ -270,54 +278,85 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
         weights: float = 4 * (model.total + (rows if rows < model.attention else 0))
         copies: float = 0 if number == 4 else number * (model.linear + output)
     else:
-        kept = model.stored if gpu else 4
         # NF4: half a byte, and a float32 per block of 64. LLM.int8: a byte, and a float32 per row.
         share = {"none": kept, "4bit": 0.5 + 4 / 64, "8bit": 1 + 4 / layout.hidden_size}[config.quantization]
         weights = share * model.linear + kept * (model.total - model.linear) + 4 * trained
         # Frozen weights are cast, or query, key and value dequantized, anew in every layer, and kept for its backward
-        # pass. bfloat16 weights count as another precision than float16.
-        same = not quantized and kept == number and precision != "float16"
-        cast = (model.attention if quantized else model.linear) / (
-            layout.layers if recipe.gradient_checkpointing else 1
-        )
-        copies = 0 if same else number * (cast + (output if number == 2 else 0))
+        # pass.
+        cast = model.attention if quantized else 0 if same else model.linear
+        copies = number * (cast / (layout.layers if recipe.gradient_checkpointing else 1) + (0 if same else output))
 
-    layer = _layer(config, number, size.longest)
-    # One logit more than there are tokens: the one before the first predicts it.
-    counted = min(size.response + 1, size.longest) if recipe.loss_on == "response" else size.longest
-    layers = layout.layers
+    layers, stream = layout.layers, number if same else 4
+    layer = _layer(config, stream if quantized else number, stream, size.longest)
     # With checkpointing, what enters each layer, and one layer in full.
-    per_token = layers * 4 * layout.hidden_size + layer if recipe.gradient_checkpointing else layers * layer
+    per_token = layers * stream * layout.hidden_size + layer if recipe.gradient_checkpointing else layers * layer
+    if config.quantization == "8bit" and recipe.gradient_checkpointing:
+        per_token += layers * stream * _int8_inputs(model)
     return {
         "weights": weights,
         "copies": copies,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "activations": micro * size.longest * per_token,
-        "logits": 12 * micro * counted * model.vocabulary,
+        "logits": _logits(config, number, size),
         "overhead": CARD_OVERHEAD if gpu else 0,
     }
 
 
-def _layer(config: FinetuneConfig, number: int, longest: int) -> float:
-    """Bytes of activations per token that a layer keeps for its backward pass; `number`: bytes of most of them.
+def _precision(config: FinetuneConfig) -> str:
+    """In which a fine-tuning runs its forward pass."""
+    if config.recipe.precision != "auto":
+        return config.recipe.precision
+    return "float16" if _on_gpu(config.base, config.recipe.device) else "float32"
 
-    The inputs of both norms, in float32; q, k, v (key and value repeated for every query head) and attention's result,
-    and of its mask a number per position; gate, up and the activated gate of the MLP; the inputs of the projections
-    whose weights are trained, and of the norms' weights. Layers below the lowest trained one keep nothing, which is
-    left out here.
+
+def _logits(config: FinetuneConfig, number: int, size: Lengths) -> float:
+    """Bytes that `training.loss` holds besides activations; `number`: bytes of the forward pass' numbers.
+
+    Thrice in float32, the logits of a chunk: themselves or their gradient, their logarithms, the loss' gradient. For
+    every loss token the input of the output layer and its gradient. Where that layer trains and gradients of earlier
+    micro-batches are held, its own are new: their sum, those of a chunk, and these before they became float32.
+    """
+    model, recipe = shape(config.base), config.recipe
+    micro = min(recipe.micro_batch_size, recipe.batch_size)
+    positions = micro * (min(size.response, size.longest - 1) if recipe.loss_on == "response" else size.longest - 1)
+    held = 12 * min(CHUNK, positions) * model.vocabulary + 8 * positions * model.layout.hidden_size
+    if config.scope == "all" and recipe.batch_size > micro:
+        held += (8 if number == 4 else 10) * model.vocabulary * model.layout.hidden_size
+    return held
+
+
+def _int8_inputs(model: Shape) -> int:
+    """Inputs of a layer's products, of which bitsandbytes' LLM.int8 holds each until its backward pass.
+
+    Checkpointing does not free them: `MatMul8bitLt` and `MatMul8bitFp` do not hold them by `save_for_backward`.
+    """
+    return 2 * model.layout.hidden_size + model.layout.heads * model.layout.head_dim + model.intermediate
+
+
+def _layer(config: FinetuneConfig, number: int, stream: int, longest: int) -> float:
+    """Bytes of activations per token that a layer keeps for its backward pass.
+
+    number: bytes of most of them. stream: of those between the layers.
+
+    The inputs of both norms; q, k, v (key and value repeated for every query head) and attention's result, and of its
+    mask a number per position; gate, up and the activated gate of the MLP; the inputs of the projections whose weights
+    are trained or in int8, and of the norms' weights. Layers below the lowest trained one keep nothing, which is left
+    out here.
     """
     model = shape(config.base)
     hidden, attended = model.layout.hidden_size, model.layout.heads * model.layout.head_dim
     wide = (3 if model.gated else 1) * model.intermediate
     if config.scope == "all":
-        stream, inputs, wide = 4 * hidden, 2 * hidden, wide + model.intermediate
+        norms, inputs, wide = 4 * 4 * hidden, 2 * hidden, wide + model.intermediate
     else:
         inputs = hidden
         if ADAPTERS[METHODS[config.method].adapter].by_rank:
             inputs += 3 * trained_parameters(config)[1] // lora_weights(model.layout)
-        stream = 2 * hidden
-    return 4 * (stream + model.layout.heads) + number * (4 * attended + longest + inputs + wide)
+        norms = 2 * stream * hidden
+        if config.quantization == "8bit":
+            inputs, wide = inputs + hidden, wide + model.intermediate
+    return norms + 4 * model.layout.heads + number * (4 * attended + longest + inputs + wide)
 
 
 def _steps(config: FinetuneConfig) -> tuple[int, float]:
@@ -397,6 +436,7 @@ def assumptions(profile: Profile) -> list[str]:
     longest = max((config.recipe.max_length for config in configs), default=0)
     measured = [f"{name} {lengths(name, longest).mean:.0f} to {lengths(name, longest).longest}" for name in own]
     bases = sorted({config.base for config in configs})
+    on_gpu = sorted({config.base for config in configs if _on_gpu(config.base, config.recipe.device)})
     lines = [
         "GB are 10^9 bytes, of one process; the total adds up what does not all peak together. "
         "Weights that are trained are held in float32, with a gradient and two moments of AdamW. 'models': all saved "
@@ -404,13 +444,13 @@ def assumptions(profile: Profile) -> list[str]:
         "Where heads follow from scores, trained weights are a range: they depend on which heads share a group; memory "
         "is that of the largest.",
     ]
-    if any(map(_on_gpu, bases)):
+    if on_gpu:
         lines.append(
-            f"{', '.join(filter(_on_gpu, bases))}: on a GPU, forward pass in float16 (or the recipe's precision) "
+            f"{', '.join(on_gpu)}: on a GPU, forward pass in float16 (or the recipe's precision) "
             f"with copies of the weights in it, and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B "
-            "on an H100 held 12 to 16 % less than this says; larger models were not measured."
+            "on an H100 held 6 to 16 % less than this says; larger models were not measured."
         )
-    if EMBEDDED in bases:
+    if EMBEDDED in bases and EMBEDDED not in on_gpu:
         lines.append(
             f"{EMBEDDED}: in float32 on a CPU; interpreter and libraries (0.6 GB) come on top, and freed blocks that "
             "the C library's allocator keeps."
@@ -439,18 +479,19 @@ CPU_PROMPT = 512
 def resources(config: FinetuneConfig | LocalizeConfig | EvaluateConfig) -> dict[str, int]:
     """What a run asks a cluster for: `mem_mb` (main memory, 10^6 bytes) and `gpu` (how many).
 
-    All models but the embedded one are taken to run on a GPU; localizations read projections one by one and run on
-    the CPU. An evaluation makes its fine-tuning where that is not there, and asks for the larger of the two. On a CPU
-    half as much again as planned is asked for, and what checkpointing saves is not taken off: the C library's
-    allocator keeps freed blocks, up to that much in trainings of SmolLM2. Beside a GPU: the float32 weights once, for
-    saving them.
+    All models but the embedded one are taken to run on a GPU, and that one where its device is `cuda`; localizations
+    read projections one by one and run on the CPU. An evaluation makes its fine-tuning where that is not there, and
+    asks for the larger of the two. On a CPU half as much again as planned is asked for, and what checkpointing saves
+    is not taken off: the C library's allocator keeps freed blocks, up to that much in trainings of SmolLM2. Beside a
+    GPU: the float32 weights once, for saving them.
     """
     if isinstance(config, LocalizeConfig):
         return {"mem_mb": 4000, "gpu": 0}
     tuning = config if isinstance(config, FinetuneConfig) else config.model
     base = tuning if isinstance(tuning, str) else tuning.base
     model = shape(base)
-    if _on_gpu(base):
+    device = config.recipe.device if isinstance(config, FinetuneConfig) else config.device
+    if _on_gpu(base, device):
         return {"mem_mb": math.ceil((4 * model.total + 4 * GB) / 1e6), "gpu": 1}
     tensors = 0.0
     if isinstance(tuning, FinetuneConfig):

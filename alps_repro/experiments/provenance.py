@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import hashlib
 import platform
 import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -170,8 +172,19 @@ def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
     )
 
 
+def release_memory() -> None:
+    """Release what earlier runs of this process left behind, and let peaks begin anew where the system can do so."""
+    gc.collect()  # a Trainer and its model refer to each other
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # not Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(gpu: bool | None = None) -> int:
-    """The peak memory of this process in bytes: on the GPU, or resident.
+    """The peak memory of this process in bytes, since `release_memory` if that was called: on the GPU, or resident.
 
     Args:
         gpu: whether it used one; by default whether there is one.
@@ -179,5 +192,7 @@ def peak_memory_bytes(gpu: bool | None = None) -> int:
     torch = sys.modules.get("torch")
     if torch is not None and (torch.cuda.is_available() if gpu is None else gpu):
         return torch.cuda.max_memory_allocated()
+    with suppress(OSError, IndexError):
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

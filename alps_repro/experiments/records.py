@@ -29,7 +29,7 @@ from alps_repro.experiments.configs import (
     LocalizeConfig,
     RecallConfig,
 )
-from alps_repro.experiments.provenance import Provenance, peak_memory_bytes, provenance
+from alps_repro.experiments.provenance import Provenance, peak_memory_bytes, provenance, release_memory
 from alps_repro.experiments.results import (
     EmbedResult,
     EvaluateResult,
@@ -373,6 +373,8 @@ class Outcome:
 def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
     """Time a run and write its record when it ends, as `failed` where it ends by an exception, which is raised again.
 
+    What earlier runs of this process left in memory is released first.
+
     Args:
         folder: of the records.
         config: of the run.
@@ -380,6 +382,7 @@ def recorded(folder: Path, config: Config) -> Iterator[Outcome]:
     Yields:
         what the run fills in.
     """
+    release_memory()
     outcome, start = Outcome(), time.perf_counter()
     try:
         yield outcome

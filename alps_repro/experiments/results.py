@@ -53,6 +53,8 @@ class FinetuneResult(TypedDict):
         rows: counts of training examples: given, used, cut, dropped and so on.
         validation: loss on the validation examples after each epoch.
         closed_gates: of JoLA, {kind of gate: (closed, all)}.
+        skipped: optimizer steps that changed nothing, because gradients overflowed in float16; missing if there are
+            none.
     """
 
     heads: Sequence[Sequence[int]]
@@ -62,6 +64,7 @@ class FinetuneResult(TypedDict):
     rows: NotRequired[dict[str, int]]
     validation: NotRequired[Sequence[float]]
     closed_gates: NotRequired[dict[str, Sequence[int]]]
+    skipped: NotRequired[int]
 
 
 class PerQuestion(TypedDict, total=False):

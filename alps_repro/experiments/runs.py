@@ -232,6 +232,8 @@ def _finetune_result(tuned: Finetuned) -> FinetuneResult:
         result["validation"] = tuned.validation
     if tuned.closed_gates is not None:
         result["closed_gates"] = {**tuned.closed_gates}
+    if tuned.skipped:
+        result["skipped"] = tuned.skipped
     return result
 
 

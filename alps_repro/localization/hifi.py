@@ -96,7 +96,8 @@ def hifi(model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], *, progre
                 if name != "labels"
             }
             model(**inputs, use_cache=False)
-            stacked = torch.stack([kept[layer] for layer in range(layout.layers)]).double().cpu().numpy()
+            # Layer by layer: in float64 they would fill a GPU.
+            stacked = np.stack([kept[layer].cpu().double().numpy() for layer in range(layout.layers)])
             for i, mask in enumerate(batch["attention_mask"].bool().numpy()):
                 tokens = stacked[:, i, mask].reshape(layout.layers, -1, layout.heads, layout.head_dim)
                 outputs = tokens.transpose(0, 2, 1, 3).reshape(layout.total, -1, layout.head_dim)

@@ -26,7 +26,7 @@ from alps_repro.training.adapters import ADAPTERS, Target
 from alps_repro.training.checkpoints import base_hashes, last_checkpoint, save
 from alps_repro.training.methods import METHODS, SCOPES, check_scope
 from alps_repro.training.recipe import Recipe
-from alps_repro.training.trainer import show_bar_only, stop_if_diverged, trainer_of
+from alps_repro.training.trainer import show_bar_only, skipped_steps, stop_if_diverged, trainer_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ class Finetuned:
         rows: counts of training examples: `given` and `used`; `cut` at `max_length` tokens, the recipe's or the
             model's; `dropped`, because the prompt leaves no room for an answer; `empty`, without an instruction or a
             response; and those that spell out `special` tokens. Empty if nothing was trained.
+        skipped: optimizer steps that changed nothing, because gradients overflowed in float16.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Finetuned:
     validation: tuple[float, ...] = ()
     closed_gates: dict[str, tuple[int, int]] | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
 
 def finetune(
@@ -135,7 +137,8 @@ def finetune(
         save(tuned, tokenizer, job.output, str(base))
         shutil.rmtree(job.checkpoints, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()  # no process returns before the model is there
-    return _report(job, chosen, examples, trainer.state, result.metrics, tuned, trained, total)
+    report = _report(job, chosen, examples, trainer.state, result.metrics, tuned, trained, total)
+    return replace(report, skipped=skipped_steps(trainer))
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,10 @@ def _load(job: _Job, place: Place) -> tuple[PreTrainedModel, Any]:
     from transformers import set_seed
 
     set_seed(job.seed)
-    model, tokenizer = load_model(job.base, job.quantization, dtype=torch.float32, device=place.device)
+    # On a GPU as stored, where nothing has to start in more than that: `round_frozen` does the rest.
+    stored = place.gpu and job.scope == "heads" and job.quantization == "none"
+    dtype = None if stored else torch.float32
+    model, tokenizer = load_model(job.base, job.quantization, dtype=dtype, device=place.device)
     if place.precision == "bfloat16" and not place.gpu:
         model.set_attn_implementation("eager")  # torch's fused attention is slow there
     return model, tokenizer

@@ -96,9 +96,10 @@ class _ChunkedLoss(torch.autograd.Function):
             own = states[part].detach().requires_grad_()
             with torch.enable_grad():
                 loss = F.cross_entropy(logits(own).float(), targets[part], reduction="sum")
-            of_states[part], *grads = torch.autograd.grad(loss, [own, *weights])
-            for kept, new in zip(of_weights, grads):
-                kept += new
+            grads = list(torch.autograd.grad(loss, [own, *weights]))
+            while len(grads) > 1:  # each is freed as soon as it is added: that of the output layer is large
+                of_weights[len(grads) - 2] += grads.pop()
+            of_states[part] = grads.pop()
             total += loss.detach()
         ctx.save_for_backward(of_states, *of_weights)
         return total

@@ -1,8 +1,9 @@
-"""`transformers.Trainer` with the loss at loss tokens, penalties, one progress bar, and a stop if training diverges."""
+"""`transformers.Trainer` with the loss at loss tokens, penalties, a loss scale, one progress bar, and a stop at NaN."""
 
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,14 @@ from alps_repro.errors import UserError
 if TYPE_CHECKING:
     import torch
     from transformers import Trainer, TrainerCallback, TrainerState
+
+
+#: Loss scale that a training in float16 begins with. At torch's 65,536 gradients of SmolLM2 overflow, and at half of it
+#: too, so that the first steps would be lost.
+FIRST_SCALE = 2.0**12
+
+#: Share of skipped steps above which a training warns.
+MANY_SKIPPED = 0.1
 
 
 def trainer_of(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
@@ -47,7 +56,34 @@ def trainer_of(tuned: torch.nn.Module, **arguments: Any) -> Trainer:
                 loss = loss + penalty / self.current_gradient_accumulation_steps
             return (loss, {"loss": loss}) if return_outputs else loss
 
-    return LossTrainer(**arguments)
+    trainer = LossTrainer(**arguments)
+    if (scaler := trainer.accelerator.scaler) is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": FIRST_SCALE})
+    return trainer
+
+
+def skipped_steps(trainer: Trainer) -> int:
+    """Optimizer steps of a float16 training that changed nothing, since gradients overflowed; 0 without a loss scale.
+
+    From the optimizer's own count of the steps that it took, which checkpoints keep: accelerate does not notice a step
+    that the fused AdamW skips (its issue 4242), so that the learning rate's schedule goes on.
+
+    Args:
+        trainer: of a finished training. A UserWarning is given where more than `MANY_SKIPPED` of its steps were
+            skipped.
+    """
+    if trainer.accelerator.scaler is None or trainer.optimizer is None:
+        return 0
+    steps = trainer.state.global_step
+    skipped = steps - max((int(own["step"]) for own in trainer.optimizer.state.values()), default=0)
+    if skipped > MANY_SKIPPED * steps:
+        warnings.warn(
+            f"{skipped} of {steps} optimizer steps were skipped, because gradients overflowed in float16: train in "
+            "precision 'bfloat16'.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return skipped
 
 
 def _penalty(tuned: torch.nn.Module, state: TrainerState) -> torch.Tensor | None:

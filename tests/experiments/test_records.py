@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import typing
+import weakref
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,6 +21,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from tiny_models import tiny_checkpoint
@@ -39,6 +41,8 @@ from alps_repro.experiments.records import SCORES, load_record, load_records, re
 from alps_repro.experiments.runs import embed_run, evaluate_run, finetune_run, importance_run, localize_run, recall_run
 from alps_repro.localization.scores import HeadScores
 from alps_repro.models.folders import model_hash
+from alps_repro.models.loading import load_model
+from alps_repro.training.finetune import Finetuned
 from alps_repro.training.methods import LORA_RANK, METHODS
 from alps_repro.training.recipe import Recipe
 
@@ -190,6 +194,51 @@ def test_provenance(done: Chain, kind: str) -> None:
     assert 0 < record.cost.seconds < 1000
     assert record.cost.peak_memory_bytes > 50e6
     assert datetime.fromisoformat(record.finished).tzinfo == UTC
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks begin anew by /proc")
+def test_peak_memory_is_the_runs_own(done: Chain, tmp_path: Path) -> None:
+    np.ones(10**8)
+    with records.recorded(tmp_path, done.finetuning) as outcome:
+        before = provenance.peak_memory_bytes()
+        np.ones(10**7)
+    peak = outcome.record.cost.peak_memory_bytes
+    assert 0.9 * 8e7 < peak - before < 2e8
+
+
+def test_peaks_on_a_gpu_begin_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+    provenance.release_memory()
+    assert called == []  # no GPU is touched by a process that has used none
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    provenance.release_memory()
+    assert called == ["empty_cache", "reset_peak_memory_stats"]
+
+
+@pytest.mark.parametrize("scope", ["heads", "all"])
+def test_trained_model_is_released_before_the_next_run(
+    scope: str, done: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model, tokenizer = load_model(*args, **kwargs)
+        models.append(weakref.ref(model))
+        return model, tokenizer
+
+    monkeypatch.setattr("alps_repro.training.finetune.load_model", load)
+    finetune_run(done.finetuning.model_copy(update={"scope": scope}), tmp_path, progress=False)
+    provenance.release_memory()
+    assert [model() for model in models] == [None]
+
+
+def test_skipped_steps_are_recorded(done: Chain) -> None:
+    stored = finetune_run(done.finetuning, done.folder, progress=False)[0].result
+    assert "skipped" not in stored
+    tuned = Finetuned(done.base, (1.0,), (), 1, 2, 3, "", skipped=4)
+    assert runs._finetune_result(tuned)["skipped"] == 4
 
 
 def test_records_hold_everything_asked(done: Chain) -> None:

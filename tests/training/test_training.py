@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import TINY, tiny_checkpoint, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from alps_repro import Finetuned, HeadLayout, HeadScores, HeadSelection, Recipe, finetune, load_model
 from alps_repro.data.datasets import training_examples
 from alps_repro.data.prompts import IGNORED, PROMPT, Collate, tokenize
 from alps_repro.errors import UserError
+from alps_repro.training.finetune import Place, _Job, _load
+from alps_repro.training.trainer import FIRST_SCALE, trainer_of
 
 ROWS = [
     {"instruction": f"add {i} and {3 * i % 7}", "response": "so " * (i % 3) + str(i + 3 * i % 7)} for i in range(20)
@@ -487,6 +491,85 @@ def test_gradient_checkpointing_and_bfloat16(scope: str, base_of: Any, tmp_path:
     assert rounded.losses != plain.losses
     assert rounded.losses == pytest.approx(plain.losses, rel=0.02)
     assert {v.dtype for v in weights(rounded.path).values()} == {torch.float32}
+
+
+@pytest.fixture
+def overflow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Make later trainings have a loss scale, as in float16, at which the gradients of the first step overflow."""
+
+    def scaled(tuned: Any, **arguments: Any) -> Trainer:
+        trainer = trainer_of(tuned, **arguments)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1e38, backoff_factor=1e-32)
+        return trainer
+
+    return lambda: monkeypatch.setattr("alps_repro.training.finetune.trainer_of", scaled)
+
+
+@pytest.mark.parametrize("scope", ["heads", "all"])
+def test_skipped_steps_are_counted(
+    scope: str, overflow: Any, base_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = run(base_of("llama"), tmp_path / "plain", scope=scope)
+    assert plain.skipped == 0
+    overflow()
+    with pytest.warns(UserWarning, match="^1 of 8 optimizer steps were skipped, .* 'bfloat16'.$"):
+        once = run(base_of("llama"), tmp_path / "once", scope=scope, checkpoint_steps=2)
+    assert once.skipped == 1
+    assert once.losses[0] == plain.losses[0]  # what is trained is not the scaled loss
+    assert once.losses[1:] != plain.losses[1:]
+
+    interrupt(monkeypatch, at=9)  # counted across a stop
+    with pytest.raises(KeyboardInterrupt):
+        run(base_of("llama"), tmp_path / "resumed", scope=scope, checkpoint_steps=2)
+    with pytest.warns(UserWarning, match="^1 of 8"):
+        again = run(base_of("llama"), tmp_path / "resumed", scope=scope, checkpoint_steps=2)
+    assert (again.skipped, again.losses) == (1, once.losses)
+
+
+def test_few_skipped_steps_need_no_warning(
+    overflow: Any, base_of: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    overflow()
+    assert run(base_of("llama"), tmp_path / "out", max_steps=10).skipped == 1
+    assert not [warning for warning in recwarn if "skipped" in str(warning.message)]
+
+
+def test_first_loss_scale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Below those at which SmolLM2's gradients overflow; what a checkpoint holds goes before it."""
+    scaler = torch.amp.GradScaler("cpu")
+    monkeypatch.setattr(Accelerator, "scaler", property(lambda self: scaler, lambda self, value: None), raising=False)
+    model = tiny_model("llama")
+    trainer_of(model, model=model, args=TrainingArguments(tmp_path, use_cpu=True))
+    assert scaler.get_scale() == FIRST_SCALE < 32_768
+    assert scaler.get_growth_interval() == 2000  # torch's
+
+
+@pytest.mark.parametrize(
+    ("scope", "quantization", "where", "precision", "dtype"),
+    [
+        ("all", "none", "cuda", "bfloat16", torch.float32),
+        ("heads", "none", "cuda", "bfloat16", None),  # as stored
+        ("heads", "none", "cuda", "float16", None),
+        ("heads", "none", "cuda", "float32", torch.float32),
+        ("heads", "4bit", "cuda", "bfloat16", torch.bfloat16),
+        ("heads", "4bit", "cuda", "float16", torch.float16),
+        ("heads", "8bit", "cuda", "float32", torch.float32),
+        ("heads", "4bit", "cpu", "bfloat16", torch.float32),
+        ("heads", "none", "cpu", "float32", torch.float32),
+    ],
+)
+def test_dtype_in_which_a_base_is_loaded(
+    scope: str, quantization: str, where: str, precision: str, dtype: torch.dtype | None, monkeypatch: Any
+) -> None:
+    """On a GPU what surrounds quantized weights is in the precision, and float32 computes in float32."""
+    loaded = []
+    model = tiny_model("llama")
+    monkeypatch.setattr(
+        "alps_repro.training.finetune.load_model", lambda *a, **k: (loaded.append(k["dtype"]), (model, None))[1]
+    )
+    job = _Job("base", "data", Path("out"), "full", 1.0, scope, quantization, 0, 0, Recipe())
+    _load(job, Place(where, 1, precision, 1, 1))
+    assert loaded == [dtype]
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
