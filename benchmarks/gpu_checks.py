@@ -39,7 +39,7 @@ BUDGET = 480.0
 LEAST = 15.0
 
 #: What a process imports while the check before it still runs.
-AHEAD = ("alps_repro.training.finetune", "alps_repro.evaluation.harness", "peft", "transformers.trainer", "datasets")
+AHEAD = ("alps_repro.training.finetune", "alps_repro.evaluation.harness", "alps_repro.evaluation.tasks.offline", "peft")
 
 ROWS = [{"instruction": f"Add {i} and {3 * i % 7}.", "response": f"It is {i + 3 * i % 7}."} for i in range(160)]
 RECIPE: dict[str, Any] = {"batch_size": 8, "micro_batch_size": 8, "learning_rate": 1e-4, "weight_decay": 0.1}
@@ -74,7 +74,7 @@ class Check:
     @property
     def mixed(self) -> str:
         """The precision of checks that use only one."""
-        return "bfloat16" if self.gpu else "float32"
+        return "bfloat16"
 
     def note(self, **values: Any) -> None:
         self.values.update(values)
@@ -171,7 +171,7 @@ def watcher(steps: list[dict[str, Any]], stop_after: int | None = None) -> Any:
 
 @contextlib.contextmanager
 def watched(stop_after: int | None = None) -> Iterator[dict[str, Any]]:
-    """Within it `finetune` leaves its steps under `steps` and the model that it trained under `tuned`."""
+    """Within it `finetune` leaves its steps under `steps` and its Trainer under `trainer`."""
     from alps_repro.training import finetune as module
 
     seen: dict[str, Any] = {"steps": []}
@@ -180,7 +180,7 @@ def watched(stop_after: int | None = None) -> Iterator[dict[str, Any]]:
     def watching(tuned: Any, **arguments: Any) -> Any:
         trainer = make(tuned, **arguments)
         watch = watcher(seen["steps"], stop_after)
-        watch.trainer, seen["tuned"] = trainer, tuned
+        watch.trainer = seen["trainer"] = trainer
         trainer.add_callback(watch)
         return trainer
 
@@ -412,7 +412,7 @@ def frozen(check: Check) -> bool | None:
 def logits(model: Any, tokenizer: Any) -> torch.Tensor:
     texts = [row["instruction"] for row in ROWS[:8]]
     batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
-    # bitsandbytes' 8-bit product rounds its input in eval mode, which a merged model does not.
+    # On a CPU bitsandbytes' 8-bit product rounds its input in eval mode only, which a merged model never does.
     return model.train()(**batch, use_cache=False).logits.float()
 
 
@@ -437,7 +437,10 @@ def quantized(check: Check) -> bool | None:
             own["peak_gb_checkpointing" if checkpointing else "peak_gb"] = peak_gb()
             own["losses_checkpointing" if checkpointing else "losses"] = tuned.losses
             if not checkpointing:
-                path, trained = tuned.path, seen["tuned"]
+                path, trainer = tuned.path, seen["trainer"]
+                # Without the autocast that accelerate puts around the model's forward.
+                trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+                del trainer
             seen.clear()
         model, tokenizer = load_model(path, bits, device=check.device)
         expected, loaded = logits(trained, tokenizer), logits(model, tokenizer)
@@ -449,8 +452,9 @@ def quantized(check: Check) -> bool | None:
         own["loaded_difference"] = float((loaded - expected).abs().max())
         own["merged_difference"] = float((merged - expected).abs().max())
         own["merged_mean_difference"] = float((merged - expected).abs().mean())
-        # The rounding of a dtype, summed over layers; 8 bit also multiplies differently.
-        own["tolerance"] = (0.05 if own["dtype"] == "bfloat16" else 1e-3) * own["largest_logit"]
+        # The rounding of a dtype, summed over layers; on a GPU the 8-bit product also rounds its input to 8 bit.
+        share = 0.2 if bits == "8bit" and check.gpu else 0.05 if own["dtype"] == "bfloat16" else 1e-3
+        own["tolerance"] = share * own["largest_logit"]
         good.append(own["loaded_difference"] <= 1e-6 * own["largest_logit"])
         good.append(own["merged_difference"] <= own["tolerance"] and own["changed_by_training"] > 0)
         check.note(**{bits: own})
@@ -573,7 +577,7 @@ def agreement(check: Check) -> bool | None:
     from alps_repro.models.folders import model_hash
 
     found: dict[str, dict[str, Any]] = {}
-    questions = 8 if check.gpu else 2
+    questions = 4 if check.gpu else 2
     texts = {"texts": [row["instruction"] for row in offline_splits(TASK)["validation"][:questions]]}
     for device in dict.fromkeys((check.device, "cpu")):
         model, tokenizer = load_model(check.base, dtype=torch.float32, device=device)

@@ -123,7 +123,7 @@ def test_checkpointing_changes_nothing(base: Path, device: str, tmp_path: Path) 
 def test_an_adapter_loads_and_merges(base: Path, device: str, quantization: str, tmp_path: Path) -> None:
     path = run(base, tmp_path / "tuned", device, scope="heads", quantization=quantization).path
     batch = batch_of(device)
-    # bitsandbytes' 8-bit product rounds its input in eval mode, which a merged model does not.
+    # On a CPU bitsandbytes' 8-bit product rounds its input in eval mode only, which a merged model never does.
     start = logits(load_model(base, quantization, device=device)[0].train(), batch)
     model, _ = load_model(path, quantization, device=device)
     tuned = logits(model.train(), batch)
@@ -131,7 +131,8 @@ def test_an_adapter_loads_and_merges(base: Path, device: str, quantization: str,
     near(logits(load_model(path, quantization, device=device)[0].train(), batch), tuned, 1e-6)
     dtype = str(model.dtype).removeprefix("torch.")
     merged = model.merge_and_unload()
-    near(logits(merged, batch), tuned, NEAR[dtype])
+    rounds_input = quantization == "8bit" and device == "cuda"
+    near(logits(merged.train(), batch), tuned, 0.2 if rounds_input else NEAR[dtype])
     merged.save_pretrained(tmp_path / "merged")
     again = type(merged).from_pretrained(tmp_path / "merged", dtype=merged.dtype).to(device)
     near(logits(again.train(), batch), logits(merged, batch), 1e-6)
