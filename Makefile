@@ -1,6 +1,7 @@
 # make reproduce   a true result in minutes: environment, embedded model, notebooks of profile quick
 # make test        the same environment, and the tests
 # make test-faults the tests that take minutes: runs killed at random moments
+# make test-gpu    the tests that hold on a GPU, on this machine's
 # make bench       speed and memory against what a user would pick instead (a quarter of an hour, alone on the machine)
 # make report      pages of a profile's results, every number a link to its runs: make report PROFILE=cpu
 # make lock        resolve pyproject.toml's ranges anew into requirements.lock
@@ -11,7 +12,7 @@ VENV ?= .venv
 PROFILE ?= quick
 MADE = $(VENV)/.made
 
-.PHONY: reproduce test test-faults bench report lint lock clean
+.PHONY: reproduce test test-faults test-gpu bench report lint lock clean
 
 reproduce: $(MADE)
 	@$(VENV)/bin/alps-repro reproduce quick
@@ -21,6 +22,9 @@ test: $(MADE) lint
 
 test-faults: $(MADE)
 	@$(VENV)/bin/python -m pytest -m long
+
+test-gpu: $(MADE)
+	@ALPS_REPRO_TEST_DEVICE=cuda $(VENV)/bin/python -m pytest -m gpu tests/gpu
 
 bench: $(MADE)
 	@for part in localization training harness table; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done

@@ -1,9 +1,10 @@
-"""Settings for all tests: no network to the hub, no GPU, no progress bars."""
+"""Settings for all tests: no network to the hub, no GPU but for the tests marked for one, no progress bars."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what results are held against is computed on a CPU
+if os.environ.get("ALPS_REPRO_TEST_DEVICE") != "cuda":  # as make test-gpu sets it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what results are held against is computed on a CPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
