@@ -154,7 +154,7 @@ def test_the_loss_is_the_plain_one(device: str, dtype: str) -> None:
 
 
 def test_evaluation_hardly_depends_on_the_batch(base: Path, device: str) -> None:
-    given: dict[str, Any] = {"limit": 12, "device": device, "dtype": "float32", "max_lost": 1, "progress": False}
+    given: dict[str, Any] = {"limit": 12, "device": device, "precision": "float32", "max_lost": 1, "progress": False}
     one, two = (evaluate(base, ["chain_sum"], batch_size=size, **given) for size in (2, 12))
     metric = "answer_loglikelihood,none"
     found, expected = (results.results["chain_sum"][metric] for results in (one, two))
