@@ -42,13 +42,16 @@ $(MADE): requirements.lock pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $(MADE)
 
-# CUDA libraries are left out: torch pins its own exactly where it is built for them, and needs none on a CPU.
+# CUDA libraries are left out: torch pins its own exactly where it is built for them, and needs none on a CPU. A comment
+# says which CUDA that is.
 lock: $(MADE)
 	$(VENV)/bin/python -m pip install --quiet uv
 	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate \
 	  --custom-compile-command "make lock" --no-emit-package triton \
 	  pyproject.toml --output-file requirements.lock
-	sed -i -e '/^nvidia-/d' -e '/^cuda-/d' requirements.lock
+	@grep -E '^(torch|cuda-toolkit)==' requirements.lock | cut -d' ' -f1 | sed 's/^/# On Linux PyPI resolves /' > requirements.lock.cuda
+	sed -i -e '/^nvidia-/d' -e '/^cuda-/d' -e '2r requirements.lock.cuda' requirements.lock
+	@rm requirements.lock.cuda
 
 clean:
 	rm -rf results/quick

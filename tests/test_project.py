@@ -90,6 +90,16 @@ def test_workflow_for_gpus_names_what_there_is():
         assert paths == [f"results/{name}/{part}" for part in parts]
 
 
+def test_image_has_the_cuda_of_the_lock_and_no_root():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    cuda = re.search(r"cuda-toolkit==(\d+\.\d+)", (ROOT / "requirements.lock").read_text())[1]
+    assert f"FROM nvidia/cuda:{cuda}." in "\n".join(lines)
+    assert [line for line in lines if line.startswith("USER")] == ["USER alps"]
+    assert "requirements.lock" in next(line for line in lines if "pip install" in line)
+    version = locked_versions()["torch"]
+    assert f"PyPI resolves torch=={version}" in (ROOT / "requirements.lock").read_text()
+
+
 def test_citation_names_package_and_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
