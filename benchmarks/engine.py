@@ -1,14 +1,16 @@
 """This version against an earlier one on a processor: steps of training, peak memory, an evaluation.
 
-`python benchmarks/engine.py --against FOLDER` alternates between this checkout and another one (`git worktree add FOLDER
-COMMIT`), each measurement a process of its own on two threads, and writes `results/benchmarks/engine.json`. Matrix
-products of the processor alone are measured beside them: operations over that rate are the least that a step can take.
+`python benchmarks/engine.py --against FOLDER` alternates between this checkout and another one, which `git worktree add
+FOLDER COMMIT` makes. Each measurement is a process of its own on two threads. It writes
+`results/benchmarks/engine.json`. The rate of matrix products on this processor is measured beside them: operations over
+that rate are the least that a step can take.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -23,8 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
-STEPS, BATCH = 3, 4
-DATASET, QUESTIONS, EVAL_BATCH = "family_relationships", 4, 4
+STEPS, BATCH = 8, 16
+DATASET, QUESTIONS, EVAL_BATCH = "family_relationships", 200, 32
 
 #: {name: (version, what is measured, precision)}. Profile `cpu` evaluates, and trains, in bfloat16.
 CASES: dict[str, tuple[str, str, str]] = {
@@ -82,12 +84,10 @@ def training(scope: str, precision: str, attention: str, base: str, out: str) ->
     transformers.Trainer.training_step = timed
     if attention:
         use(attention)
-    recipe = Recipe(
-        learning_rate=1e-4, batch_size=BATCH, micro_batch_size=BATCH, max_steps=STEPS, precision=precision, device="cpu"
-    )
+    recipe = Recipe(learning_rate=1e-4, batch_size=BATCH, micro_batch_size=BATCH, max_steps=STEPS, precision=precision)
     method = "random" if scope == "heads" else "full"
     tuned = finetune(base, DATASET, out, method=method, scope=scope, recipe=recipe, progress=False)
-    return {"seconds": [b - a for a, b in zip(starts[1:], starts[2:])], "losses": list(tuned.losses)}
+    return {"seconds": [b - a for a, b in itertools.pairwise(starts[1:])], "losses": list(tuned.losses)}
 
 
 def use(attention: str) -> None:
@@ -115,7 +115,7 @@ def evaluation(precision: str, base: str) -> dict[str, Any]:
     if "precision" not in inspect.signature(evaluate).parameters:
         own = {"autocast": precision}
     start = time.perf_counter()
-    found = evaluate(base, [DATASET], limit=QUESTIONS, batch_size=EVAL_BATCH, device="cpu", progress=False, **own)
+    found = evaluate(base, [DATASET], limit=QUESTIONS, batch_size=EVAL_BATCH, progress=False, **own)
     metrics = found.results[DATASET]
     return {
         "seconds": [time.perf_counter() - start],
