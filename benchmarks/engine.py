@@ -40,9 +40,6 @@ CASES: dict[str, tuple[str, str, str]] = {
     "evaluation, now": ("now", "evaluation", "auto"),
 }
 
-#: Attention in training on a processor in bfloat16: `sdpa32` multiplies query, key and value in float32.
-ATTENTION = {f"heads, now, {name}": ("now", f"heads:{name}", "bfloat16") for name in ("eager", "sdpa", "sdpa32")}
-
 
 def measure(what: str, precision: str, base: str, out: str) -> dict[str, Any]:
     """In a process of its own, with whichever version of the package is on the path."""
@@ -51,8 +48,7 @@ def measure(what: str, precision: str, base: str, out: str) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
     if what == "rates":
         return {name: rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    what, _, attention = what.partition(":")
-    found = evaluation(precision, base) if what == "evaluation" else training(what, precision, attention, base, out)
+    found = evaluation(precision, base) if what == "evaluation" else training(what, precision, base, out)
     return {**found, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -69,7 +65,7 @@ def rate(dtype: Any) -> float:
     return 2 * x.numel() * w.shape[0] / sorted(taken)[len(taken) // 2]
 
 
-def training(scope: str, precision: str, attention: str, base: str, out: str) -> dict[str, Any]:
+def training(scope: str, precision: str, base: str, out: str) -> dict[str, Any]:
     import transformers
 
     from alps_repro import Recipe, finetune
@@ -82,18 +78,16 @@ def training(scope: str, precision: str, attention: str, base: str, out: str) ->
         return step(self, *given, **named)
 
     transformers.Trainer.training_step = timed
-    if attention:
-        use(attention)
     recipe = Recipe(learning_rate=1e-4, batch_size=BATCH, micro_batch_size=BATCH, max_steps=STEPS, precision=precision)
     method = "random" if scope == "heads" else "full"
     tuned = finetune(base, DATASET, out, method=method, scope=scope, recipe=recipe, progress=False)
     return {"seconds": [b - a for a, b in itertools.pairwise(starts[1:])], "losses": list(tuned.losses)}
 
 
-def use(attention: str) -> None:
-    """Let training use an implementation of attention, whichever it asks for."""
+def register_sdpa32() -> None:
+    """Attention that multiplies query, key and value in float32, whatever the rest is in."""
     import torch
-    from transformers import AttentionInterface, PreTrainedModel
+    from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -104,8 +98,6 @@ def use(attention: str) -> None:
 
     AttentionInterface.register("sdpa32", in_float32)
     ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    choose = PreTrainedModel.set_attn_implementation
-    PreTrainedModel.set_attn_implementation = lambda self, asked, *more: choose(self, attention, *more)  # type: ignore[method-assign]
 
 
 def evaluation(precision: str, base: str) -> dict[str, Any]:
@@ -168,7 +160,7 @@ def main() -> None:
     measured: dict[str, Any] = {"processor": processor(), "provenance": provenance(gpu=False).model_dump()}
     measured |= {"steps": STEPS, "batch": BATCH, "dataset": DATASET, "questions": QUESTIONS, "cases": {}}
     versions = {"now": ROOT, "before": given.against}
-    chosen = {n: c for n, c in (CASES | ATTENTION).items() if not given.only or n.startswith(tuple(given.only))}
+    chosen = {n: c for n, c in CASES.items() if not given.only or n.startswith(tuple(given.only))}
     for _ in range(given.rounds):
         measured.setdefault("operations_a_second", []).append(in_process(ROOT, "rates", "float32", base))
         for name, (version, what, precision) in chosen.items():
