@@ -21,6 +21,9 @@ DEVICES: tuple[str, ...] = get_args(Device)
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
+#: CUDA's compute capability from which GPUs multiply bfloat16 fast.
+FAST_BFLOAT16 = (8, 0)
+
 #: Accelerate's names of a recipe's precisions.
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -75,15 +78,15 @@ def resolved_precision(precision: str, requested: str = "auto") -> str:
     if precision != "auto":
         return precision
     if requested == "cpu" or (requested == "auto" and (hidden() or not present())):
-        return "bfloat16" if _amx() else "float32"
+        return "bfloat16" if amx() else "float32"
     import torch
 
-    slow = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    slow = torch.cuda.is_available() and torch.cuda.get_device_capability() < FAST_BFLOAT16
     return "float32" if slow else "bfloat16"
 
 
 @functools.cache
-def _amx() -> bool:
+def amx() -> bool:
     """Whether this processor has matrix units for bfloat16."""
     try:
         return re.search(r"^flags\s*:.*\bamx_bf16\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,17 +14,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from alps_repro.devices import hidden, present, unusable
+from alps_repro.devices import FAST_BFLOAT16, amx, hidden, present, unusable
 from alps_repro.evaluation.sandbox import why_not
 from alps_repro.experiments.configs import FinetuneConfig
 from alps_repro.experiments.plan import KNOWN, memory
+from alps_repro.experiments.provenance import processor
 from alps_repro.models.embedded import EMBEDDED, GGUF_SHA256, cache_folder
 from alps_repro.training.methods import SCOPES
 
 LOCK = Path(__file__).parents[1] / "requirements.lock"
-
-#: Compute capability of NVIDIA GPUs from which bfloat16 products have hardware of their own (Ampere).
-FAST_BFLOAT16 = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -126,17 +123,6 @@ def _driver() -> Finding:
     return Finding(True, f"{text}CUDA {built}.")
 
 
-def _processor() -> str:
-    """The processor and what it multiplies bfloat16 with, in a few words."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    amx = "with AMX: bfloat16 is fast" if "amx_bf16" in facts.get("flags", "").split() else "without AMX"
-    return f"{facts.get('model name') or platform.machine()}, {amx}"
-
-
 def _device() -> Iterator[Finding]:
     import torch
 
@@ -151,7 +137,7 @@ def _device() -> Iterator[Finding]:
         yield Finding(True, text)
     if present():
         yield _driver()
-    yield Finding(True, f"Processor: {_processor()}.")
+    yield Finding(True, f"Processor: {processor()}, {'with AMX: bfloat16 is fast' if amx() else 'without AMX'}.")
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     good = size >= 7.5
     yield Finding(good, f"{size:.0f} GiB of memory" + ("." if good else "; profile quick needs 8: close programs."))

@@ -253,8 +253,9 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
     Llama-3.2-1B on an H100 (`tests/experiments/test_plan.py`). By default a batch is as wide as the data set's longest
     example, and has as many loss tokens as the longest response.
 
-    weights: float32 where the scope is `all` (frozen rows included); else as stored or quantized, and float32 for the
-        trained rows. copies: weights in the precision of the forward pass, where it is another one. gradients,
+    weights: float32 where the scope is `all` (frozen rows included); else in the precision or quantized, and float32
+        for embeddings, norms and the trained rows. copies: weights in the precision, where they are kept in another
+        one. gradients,
         optimizer: float32, two moments of AdamW. activations: what the backward pass has to find again, see `_layer`.
         logits: see `_logits`.
     """
@@ -262,15 +263,10 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
     recipe, layout = config.recipe, model.layout
     size = size or lengths(config.dataset, recipe.max_length)
     gpu, quantized = _on_gpu(config.base, recipe.device), config.quantization != "none"
-    precision = _precision(config)
-    number = 4 if precision == "float32" else 2
+    number = 4 if recipe.precision == "float32" else 2
     trained = trained_parameters(config)[1]
     micro = min(recipe.micro_batch_size, recipe.batch_size)
     output = model.vocabulary * layout.hidden_size
-    # Bytes of a frozen weight that is not quantized.
-    kept = 4 if number == 4 or not gpu or config.scope == "all" else number if quantized else model.stored
-    # bfloat16 weights count as another precision than float16.
-    same = kept == number and (quantized or precision != "float16")
 
     if config.scope == "all":
         # The rows of selected heads are parameters of their own beside the frozen matrix they replace.
@@ -279,14 +275,18 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
         copies: float = 0 if number == 4 else number * (model.linear + output)
     else:
         # NF4: half a byte, and a float32 per block of 64. LLM.int8: a byte, and a float32 per row.
-        share = {"none": kept, "4bit": 0.5 + 4 / 64, "8bit": 1 + 4 / layout.hidden_size}[config.quantization]
-        weights = share * model.linear + kept * (model.total - model.linear) + 4 * trained
-        # Frozen weights are cast, or query, key and value dequantized, anew in every layer, and kept for its backward
-        # pass.
-        cast = model.attention if quantized else 0 if same else model.linear
-        copies = number * (cast / (layout.layers if recipe.gradient_checkpointing else 1) + (0 if same else output))
+        share = {"none": number, "4bit": 0.5 + 4 / 64, "8bit": 1 + 4 / layout.hidden_size}[config.quantization]
+        outside = model.total - model.linear
+        # The output layer is rounded: beside the embedding that it shares, or in place of its own weight.
+        shared = outside < 1.5 * output
+        rounded = 0 if number == 4 else number * output if shared else (number - 4) * output
+        weights = share * model.linear + 4 * outside + rounded + 4 * trained
+        # Query, key and value are dequantized anew in every layer, and kept for its backward pass.
+        cast = model.attention / (layout.layers if recipe.gradient_checkpointing else 1)
+        copies = number * cast if quantized else 0
 
-    layers, stream = layout.layers, number if same else 4
+    layers, stream = layout.layers, 4
+    # bitsandbytes returns its products in the dtype of their input, which is float32.
     layer = _layer(config, stream if quantized else number, stream, size.longest)
     # With checkpointing, what enters each layer, and one layer in full.
     per_token = layers * stream * layout.hidden_size + layer if recipe.gradient_checkpointing else layers * layer
@@ -301,13 +301,6 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
         "logits": _logits(config, number, size),
         "overhead": CARD_OVERHEAD if gpu else 0,
     }
-
-
-def _precision(config: FinetuneConfig) -> str:
-    """In which a fine-tuning runs its forward pass."""
-    if config.recipe.precision != "auto":
-        return config.recipe.precision
-    return "float16" if _on_gpu(config.base, config.recipe.device) else "float32"
 
 
 def _logits(config: FinetuneConfig, number: int, size: Lengths) -> float:
@@ -446,9 +439,9 @@ def assumptions(profile: Profile) -> list[str]:
     ]
     if on_gpu:
         lines.append(
-            f"{', '.join(on_gpu)}: on a GPU, forward pass in float16 (or the recipe's precision) "
-            f"with copies of the weights in it, and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B "
-            "on an H100 held 6 to 16 % less than this says; larger models were not measured."
+            f"{', '.join(on_gpu)}: on a GPU, in the recipe's precision with copies of trained weights in it, "
+            f"and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B on an H100 held 6 to 16 % less than this "
+            "says, and of the 3B on an H200 13 % less; larger models were not measured."
         )
     if EMBEDDED in bases and EMBEDDED not in on_gpu:
         lines.append(

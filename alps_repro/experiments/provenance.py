@@ -133,7 +133,8 @@ def _cpuinfo() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
@@ -164,7 +165,7 @@ def provenance(gpu: bool | None = None, **hashes: dict[str, Any]) -> Provenance:
         versions={name: version for name in PACKAGES if (version := _version(name))},
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        processor=_processor(),
+        processor=processor(),
         cpu=_cpu(),
         threads=torch.get_num_threads(),
         gpu=torch.cuda.get_device_name() if (torch.cuda.is_available() if gpu is None else gpu) else None,

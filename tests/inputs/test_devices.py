@@ -280,7 +280,7 @@ def test_evaluated_in_one_precision(
 def test_a_machine_decides_what_auto_stands_for(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, when a configuration is made; records from before read it as what it was then."""
     for amx, precision in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr(devices, "_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(devices, "amx", lambda amx=amx: amx)
         assert devices.resolved_precision("auto") == precision
         config = EvaluateConfig(model="m", tasks=("chain_sum",))
         tuning = FinetuneConfig(base="m", dataset="chain_sum", method="full")
