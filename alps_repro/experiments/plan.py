@@ -285,13 +285,12 @@ def memory(config: FinetuneConfig, size: Lengths | None = None) -> dict[str, flo
         cast = model.attention / (layout.layers if recipe.gradient_checkpointing else 1)
         copies = number * cast if quantized else 0
 
-    layers, stream = layout.layers, 4
-    # bitsandbytes returns its products in the dtype of their input, which is float32.
-    layer = _layer(config, stream if quantized else number, stream, size.longest)
+    layers = layout.layers
+    layer = _layer(config, number, size.longest)
     # With checkpointing, what enters each layer, and one layer in full.
-    per_token = layers * stream * layout.hidden_size + layer if recipe.gradient_checkpointing else layers * layer
+    per_token = layers * 4 * layout.hidden_size + layer if recipe.gradient_checkpointing else layers * layer
     if config.quantization == "8bit" and recipe.gradient_checkpointing:
-        per_token += layers * stream * _int8_inputs(model)
+        per_token += layers * number * _int8_inputs(model)
     return {
         "weights": weights,
         "copies": copies,
@@ -327,15 +326,13 @@ def _int8_inputs(model: Shape) -> int:
     return 2 * model.layout.hidden_size + model.layout.heads * model.layout.head_dim + model.intermediate
 
 
-def _layer(config: FinetuneConfig, number: int, stream: int, longest: int) -> float:
-    """Bytes of activations per token that a layer keeps for its backward pass.
+def _layer(config: FinetuneConfig, number: int, longest: int) -> float:
+    """Bytes of activations per token that a layer keeps for its backward pass; `number`: bytes of most of them.
 
-    number: bytes of most of them. stream: of those between the layers.
-
-    The inputs of both norms; q, k, v (key and value repeated for every query head) and attention's result, and of its
-    mask a number per position; gate, up and the activated gate of the MLP; the inputs of the projections whose weights
-    are trained or in int8, and of the norms' weights. Layers below the lowest trained one keep nothing, which is left
-    out here.
+    The inputs of both norms, in float32; q, k, v (key and value repeated for every query head) and attention's result,
+    and of its mask a number per position; gate, up and the activated gate of the MLP; the inputs of the projections
+    whose weights are trained or in int8, and of the norms' weights. Layers below the lowest trained one keep nothing,
+    which is left out here.
     """
     model = shape(config.base)
     hidden, attended = model.layout.hidden_size, model.layout.heads * model.layout.head_dim
@@ -346,7 +343,7 @@ def _layer(config: FinetuneConfig, number: int, stream: int, longest: int) -> fl
         inputs = hidden
         if ADAPTERS[METHODS[config.method].adapter].by_rank:
             inputs += 3 * trained_parameters(config)[1] // lora_weights(model.layout)
-        norms = 2 * stream * hidden
+        norms = 2 * 4 * hidden
         if config.quantization == "8bit":
             inputs, wide = inputs + hidden, wide + model.intermediate
     return norms + 4 * model.layout.heads + number * (4 * attended + longest + inputs + wide)

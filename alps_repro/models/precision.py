@@ -21,7 +21,7 @@ def round_frozen(model: nn.Module, precision: str) -> Rounded:
 
     The forward pass has to run under autocast in that precision. Trained weights keep their full precision, as do
     biases, norms and embeddings; an output layer that shares a frozen embedding gets a rounded weight of its own.
-    Bases in 4 bit multiply in that precision; those in 8 bit multiply integers.
+    Bases in 4 bit are multiplied in that precision; those in 8 bit are multiplied as integers, and take and return it.
 
     Args:
         model: any that `load_model` or `finetune.trainable` returns.
@@ -41,7 +41,7 @@ def round_frozen(model: nn.Module, precision: str) -> Rounded:
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         weight: Any = module.weight
-        if hasattr(weight, "quant_state"):
+        if type(weight).__name__ in ("Params4bit", "Int8Params"):
             _multiply_in(module, dtype)
         elif weight.is_floating_point() and not weight.requires_grad and weight.dtype != dtype:
             rounded.append((module, weight))
@@ -62,5 +62,7 @@ def restore(rounded: Rounded) -> None:
 
 
 def _multiply_in(module: Any, dtype: torch.dtype) -> None:
-    """Let a layer in 4 bit dequantize to a dtype, and multiply in it."""
-    module.compute_dtype = module.weight.quant_state.dtype = dtype
+    """Let a quantized layer take its input in a dtype, as autocast would, so that its output has it as well."""
+    if hasattr(module.weight, "quant_state"):  # in 4 bit: dequantized to that dtype, too
+        module.compute_dtype = module.weight.quant_state.dtype = dtype
+    module.register_forward_pre_hook(lambda _, given: (given[0].to(dtype), *given[1:]))
