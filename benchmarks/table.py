@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pandas as pd
 from measured import RESULTS, median
@@ -123,6 +124,107 @@ def gpu(found: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def checks(found: dict) -> pd.DataFrame:
+    """What `gpu_checks.py` measured on a card, and whether each check's criterion was met."""
+    by_name = {one["check"]: one for one in found["checks"] if one["check"] != "model"}
+    met = {True: "yes", False: "no", None: "–"}
+    rows = [
+        {"check": name, "measured": MEASURED[name](one), "criterion": one["criterion"], "met": met[one["ok"]]}
+        for name, one in by_name.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+#: {check: what of its values a reader needs, in words}.
+MEASURED: dict[str, Callable[[dict], str]] = {
+    "versions": lambda one: (
+        f"{one['gpu']}, driver {one['nvidia_smi']['driver_version']}, torch {one['torch_build']}, bitsandbytes "
+        f"{one['bitsandbytes']}; 4-bit product off by {one['four_bit_relative_error']:.1e}"
+    ),
+    "rates": lambda one: (
+        ", ".join(f"{name} {one[f'{name}_tflops']:.0f} TFLOP/s" for name in ("bfloat16", "float16", "float32"))
+        + f"; copy {one['copy_tb_a_second']:.1f} TB/s"
+    ),
+    "frozen": lambda one: "; ".join(
+        f"{name}: {one[name]['frozen_rows_changed']} frozen and {one[name]['selected_rows_changed']} of "
+        f"{one[name]['selected_rows']} selected rows changed"
+        for name in ("float32", "bfloat16", "float16")
+    ),
+    "precision": lambda one: "; ".join(
+        f"{name}: {one[name]['skipped']} steps skipped, loss {one[name]['losses'][0]:.2f} to "
+        f"{one[name]['losses'][-1]:.2f}"
+        for name in ("bfloat16", "float16")
+    ),
+    "quantized": lambda one: "; ".join(
+        f"{name}: loaded off by {one[name]['loaded_difference']:g}, merged by {one[name]['merged_difference']:.2g} of "
+        f"logits up to {one[name]['largest_logit']:.1f}, peak {one[name]['peak_gb']:.2f} GB "
+        f"({one[name]['peak_gb_checkpointing']:.2f} with checkpointing)"
+        for name in ("8bit", "4bit")
+    ),
+    "large": lambda one: (
+        f"peak {one['peak_gb']:.1f} GB, planned {one['planned_gb']:.1f}; {one['seconds_a_step']:.3f} s a step, "
+        f"{one['tokens_a_second']:,} tokens a second"
+    ),
+    "heads_alone": lambda one: "; ".join(
+        f"{words}: {one[name]['seconds_a_step']:.3f} and {one[f'{name} again']['seconds_a_step']:.3f} s a step, "
+        f"{one[name]['peak_gb']:.1f} GB"
+        for name, words in (("as stored", "in bfloat16"), ("rounded", "in float32"))
+    ),
+    "loss_memory": lambda one: "; ".join(
+        f"{size.replace('x', ' · ')} tokens: {one[size]['own']['peak_gb']:.1f} GB against "
+        f"{one[size]['plain']['peak_gb']:.1f}, {one[size]['own']['seconds_a_step']:.3f} s against "
+        f"{one[size]['plain']['seconds_a_step']:.3f}"
+        for size in ("8x512", "2x2048")
+    ),
+    "resume": lambda one: (
+        f"largest difference of a weight: two runs {one['two_runs_differ_by']:g}, resumed {one['resumed_differs_by']:g}"
+    ),
+    "evaluation": lambda one: "; ".join(
+        f"{name}: {one[name]['seconds']:.1f} s, {one[name]['loglikelihood']:.3f} nats, {one[name]['grades_changed']} "
+        "grades changed"
+        for name in one
+        if ", batch" in name
+    ),
+    "generation": lambda one: "; ".join(
+        f"{name}: {one[name]['rate']:,} tokens a second" for name in one if "batch" in name
+    ),
+    "agreement": lambda one: "; ".join(
+        f"{name}: rank correlation {one[name]['rank_correlation']:.6f}, off by "
+        f"{one[name]['largest_difference']:.1e} of {one[name]['largest_value']:.2g}"
+        for name in ("importance", "hifi")
+    ),
+    "release": lambda one: (
+        f"{one['left_gb']:.2f} GB stay allocated; peaks {one['peak_gb_trained']:.2f} and "
+        f"{one['peak_gb_evaluated']:.2f} GB"
+    ),
+    "tests": lambda one: f"{one['passed']} passed, {len(one['failed'])} failed, {len(one['skipped'])} skipped",
+}
+
+
+def engine(found: dict) -> pd.DataFrame:
+    """Steps, peaks and an evaluation on a processor, beside those of an earlier version."""
+    rows = []
+    for name, rounds in found["cases"].items():
+        seconds = [s for one in rounds for s in one["seconds"]]
+        peak = max(one["peak_bytes"] for one in rounds)
+        rows.append({"what": name, "seconds": spread(seconds, ""), "peak, GB": f"{peak / 1e9:.2f}"})
+    return pd.DataFrame(rows)
+
+
+def variants() -> pd.DataFrame:
+    """Variants of a training step on a processor, as a share of the first in the same round."""
+    rows: dict[str, dict[str, str]] = {}
+    for scope in ("heads", "all"):
+        found = json.loads((RESULTS / f"variants-{scope}.json").read_text())["variants"]
+        first = next(iter(found.values()))["seconds"]
+        for name, own in found.items():
+            ratios = [a / b for a, b in zip(own["seconds"], first)]
+            rows.setdefault(name, {"variant": name})[f"scope {scope}, s"] = spread(own["seconds"], "")
+            rows[name][f"scope {scope}, ratio"] = f"{median(ratios):.2f}"
+            rows[name][f"scope {scope}, first step, s"] = f"{own['first']:.0f}"
+    return pd.DataFrame(rows.values())
+
+
 #: The model that methods are compared on.
 BENCH = "meta-llama/Llama-3.2-1B"
 
@@ -157,7 +259,12 @@ def methods(found: dict) -> pd.DataFrame:
 
 def main() -> None:
     found = json.loads((RESULTS / "gpu.json").read_text())
-    for name, table in (("gpu", gpu(found)), ("methods", methods(found))):
+    made = {"gpu": gpu(found), "methods": methods(found), "variants": variants()}
+    made |= {
+        name: make(json.loads((RESULTS / f"{name}.json").read_text()))
+        for name, make in (("gpu-checks", checks), ("engine", engine))
+    }
+    for name, table in made.items():
         write_whole(RESULTS / f"{name}.md", table.to_markdown(index=False, disable_numparse=True) + "\n")
     rows = []
     for name, make in (("localization", localization), ("training", training), ("harness", harness)):
