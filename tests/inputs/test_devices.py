@@ -26,7 +26,7 @@ from alps_repro.training import finetune as training
 
 KIND = "Machines"
 ROWS = Dataset.from_list([{"instruction": f"add {i}", "response": str(i % 7)} for i in range(16)])
-SHORT = {"max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "checkpoint_steps": 2}
+SHORT = {"max_steps": 4, "batch_size": 4, "micro_batch_size": 2, "checkpoint_steps": 2, "precision": "float32"}
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY, tiny_model
+from tiny_models import TINY, tiny_checkpoint, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from alps_repro.heads.layout import HeadLayout
 from alps_repro.heads.selection import HeadSelection
+from alps_repro.models.loading import load_model
 from alps_repro.models.precision import restore, round_frozen
 from alps_repro.training.finetune import trainable
 
@@ -85,6 +87,21 @@ def test_a_shared_output_layer_is_shared_again() -> None:
     assert model.model.embed_tokens.weight.dtype == torch.float32
     restore(rounded)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantized_layers_take_and_return_the_precision(quantization: str, tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path, hidden_size=64, num_attention_heads=4)
+    model, _ = load_model(base, quantization, dtype=torch.float32, device="cpu")
+    round_frozen(model, "bfloat16")
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    assert len(layers) == 14
+    for layer in layers:
+        layer.register_forward_hook(lambda m, given, out: seen.add((given[0].dtype, out.dtype)))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(input_ids=IDS)
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_a_base_in_bfloat16_is_computed_as_one_in_float32() -> None:

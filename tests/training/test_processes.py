@@ -23,7 +23,14 @@ from alps_repro.training.recipe import Recipe
 
 ROWS = [{"instruction": f"add {i} and {i % 7}", "response": "so " * (i % 3) + str(i + i % 7)} for i in range(20)]
 #: Seven steps over twenty examples; two passes of two examples each a step in one process, one each in two.
-SHORT = {"max_steps": 7, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "checkpoint_steps": 2}
+SHORT = {
+    "max_steps": 7,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "learning_rate": 1e-2,
+    "checkpoint_steps": 2,
+    "precision": "float32",
+}
 CASES: dict[str, dict[str, Any]] = {
     "all": {"method": "random", "scope": "all"},
     "heads": {"method": "random", "scope": "heads"},

@@ -32,7 +32,7 @@ from alps_repro.tuner.jola import JolaConfig, JolaModel
 from alps_repro.tuner.lofit import LofitConfig, LofitModel
 
 ROOT = Path(__file__).parents[2]
-SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2}
+SHORT = {"max_steps": 6, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "precision": "float32"}
 
 #: Methods that train something else than rows.
 OTHERS = [name for name, method in METHODS.items() if method.adapter != "rows"]
