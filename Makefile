@@ -3,6 +3,7 @@
 # make test-faults the tests that take minutes: runs killed at random moments
 # make test-gpu    the tests that hold on a GPU, on this machine's
 # make bench       speed and memory against what a user would pick instead (a quarter of an hour, alone on the machine)
+# make bench-engine training and evaluation on this processor against an earlier version: make bench-engine BEFORE=COMMIT
 # make report      pages of a profile's results, every number a link to its runs: make report PROFILE=cpu
 # make lock        resolve pyproject.toml's ranges anew into requirements.lock
 # make clean       remove what make reproduce wrote (not the environment)
@@ -10,9 +11,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
+BEFORE ?= 3a1a101
 MADE = $(VENV)/.made
 
-.PHONY: reproduce test test-faults test-gpu bench report lint lock clean
+.PHONY: reproduce test test-faults test-gpu bench bench-engine report lint lock clean
 
 reproduce: $(MADE)
 	@$(VENV)/bin/alps-repro reproduce quick
@@ -28,6 +30,12 @@ test-gpu: $(MADE)
 
 bench: $(MADE)
 	@for part in localization training harness table; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
+
+bench-engine: $(MADE)
+	@test -d .before-$(BEFORE) || git worktree add --detach .before-$(BEFORE) $(BEFORE)
+	@$(VENV)/bin/python benchmarks/engine.py --against .before-$(BEFORE)
+	@for scope in heads all; do $(VENV)/bin/python benchmarks/variants.py $$scope || exit 1; done
+	@$(VENV)/bin/python benchmarks/table.py
 
 report: $(MADE)
 	@$(VENV)/bin/alps-repro report $(PROFILE)

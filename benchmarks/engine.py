@@ -1,7 +1,7 @@
 """This version against an earlier one on a processor: steps of training, peak memory, an evaluation.
 
-`python benchmarks/engine.py --against FOLDER` alternates between this checkout and another one, which `git worktree add
-FOLDER COMMIT` makes. Each measurement is a process of its own on two threads. It writes
+`python benchmarks/engine.py --against FOLDER` alternates between this checkout and another one (`make bench-engine`
+makes it). Each measurement is a process of its own on two threads. It writes
 `results/benchmarks/engine.json`. The rate of matrix products on this processor is measured beside them: operations over
 that rate are the least that a step can take.
 """
@@ -159,7 +159,7 @@ def main() -> None:
     base = str(embedded_model())
     measured: dict[str, Any] = {"processor": processor(), "provenance": provenance(gpu=False).model_dump()}
     measured |= {"steps": STEPS, "batch": BATCH, "dataset": DATASET, "questions": QUESTIONS, "cases": {}}
-    versions = {"now": ROOT, "before": given.against}
+    versions = {"now": ROOT, "before": given.against and given.against.resolve()}
     chosen = {n: c for n, c in CASES.items() if not given.only or n.startswith(tuple(given.only))}
     for _ in range(given.rounds):
         measured.setdefault("operations_a_second", []).append(in_process(ROOT, "rates", "float32", base))
