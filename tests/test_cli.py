@@ -511,7 +511,7 @@ def test_doctor_knows_when_bitsandbytes_has_no_library_for_the_gpu(monkeypatch: 
     assert "loads no CUDA library" in found.text
 
 
-def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_path: Path) -> None:
+def test_device_and_precision_are_those_of_the_run(shell: Shell, models: Path, tmp_path: Path) -> None:
     """GPUs are hidden from the tests: one that is asked for stops the run."""
     results, words = f"--results={tmp_path}", (str(models / "base"), "chain_sum", "--device=cuda")
     asked = {"finetune": ["--method=full", *SMALL], "evaluate": ["--limit=1", "--precision=bfloat16"]}
@@ -524,7 +524,7 @@ def test_device_and_dtype_are_those_of_the_run(shell: Shell, models: Path, tmp_p
         assert record["provenance"]["gpu"] is None
         config = record["config"] if command == "evaluate" else record["config"]["recipe"]
         assert config["device"] == "cuda"
-        assert config.get("dtype") == ("bfloat16" if command == "evaluate" else None)
+        assert config["precision"] == "bfloat16"
 
 
 def test_doctor_says_a_line_a_thing_and_no_secret(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
