@@ -68,7 +68,7 @@ def _packages() -> Finding:
 
 
 def _cards() -> Iterator[Finding]:
-    """Each GPU that torch sees, and what the first one holds."""
+    """Each GPU that torch sees, and what the smallest one trains."""
     import torch
 
     count, least = torch.cuda.device_count(), math.inf

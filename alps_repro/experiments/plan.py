@@ -437,8 +437,8 @@ def assumptions(profile: Profile) -> list[str]:
     if on_gpu:
         lines.append(
             f"{', '.join(on_gpu)}: on a GPU, in the recipe's precision with copies of trained weights in it, "
-            f"and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B on an H100 held 6 to 16 % less than this "
-            "says, and of the 3B on an H200 13 % less; larger models were not measured."
+            f"and {CARD_OVERHEAD / GB:.0f} GB for CUDA. Steps of Llama-3.2-1B and 3B on an H100 and an H200 held 8 to "
+            "16 % less than this says; larger models were not measured."
         )
     if EMBEDDED in bases and EMBEDDED not in on_gpu:
         lines.append(
